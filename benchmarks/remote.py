@@ -1,0 +1,84 @@
+"""What the way to the service and back adds to a training step."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+import argrad
+from argrad.problems import PARAMETERS, gradients
+from argrad_service import engine
+from benchmarks.measures import FEWEST_TURNS, elapsed_ms
+from benchmarks.workloads import Workload, optnet, two_variables
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteStep:
+    """Medians of one forward and backward, in milliseconds, each parameter sent and each gradient formed.
+
+    Args:
+        name: Of the workload.
+        engine_ms: The engine alone, called in this process.
+        in_process_ms: The layer over `Client("local")`.
+        remote_ms: The same layer over HTTP, gradients from the adjoint.
+        repeats: Of each.
+    """
+
+    name: str
+    engine_ms: float
+    in_process_ms: float
+    remote_ms: float
+    repeats: int
+
+
+def time_remote(url: str, *, seed: int, quick: bool) -> list[RemoteStep]:
+    """Time a small step, where only the way counts, and a large one, where megabytes travel."""
+    budget_s = 2.0 if quick else 15.0
+    workloads = (two_variables(), optnet(100, 128, seed=seed))
+    with argrad.Client(url) as remote, argrad.Client("local") as local:
+        return [_time(workload, local, remote, budget_s=budget_s, most=1000) for workload in workloads]
+
+
+def _time(workload: Workload, local: argrad.Client, remote: argrad.Client, *, budget_s: float, most: int) -> RemoteStep:
+    steps: dict[str, Callable[[], object]] = {
+        "engine_ms": lambda: _engine_step(workload),
+        "in_process_ms": _layer_step(workload, local),
+        "remote_ms": _layer_step(workload, remote),
+    }
+    for step in steps.values():
+        step()
+    gc.collect()
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + budget_s
+    turns = 0
+    while turns < most and (turns < FEWEST_TURNS or time.perf_counter() < end):
+        for name, step in steps.items():
+            taken[name].append(elapsed_ms(step))
+        turns += 1
+    return RemoteStep(name=workload.name, repeats=turns, **{name: median(times) for name, times in taken.items()})
+
+
+def _engine_step(workload: Workload) -> None:
+    problem, grad_z = workload.problem, workload.grad_z
+    outcome = engine.solve(problem)
+    adjoint = engine.vjp(outcome, {"z": grad_z.reshape(-1, problem.n)}).adjoint
+    parameters = problem.parameters()
+    gradients(outcome.solution, adjoint, wrt=parameters, batched=[k for k in parameters if problem.is_batched(k)])
+
+
+def _layer_step(workload: Workload, client: argrad.Client) -> Callable[[], object]:
+    layer = argrad.nn.QPLayer(client, gradients="adjoint")
+    given = workload.problem.parameters()
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+    arguments = [leaves.get(name) for name in PARAMETERS]
+
+    def step() -> object:
+        z = layer(*arguments)
+        return torch.autograd.grad((z * workload.grad_z).sum(), list(leaves.values()))
+
+    return step

@@ -1,0 +1,170 @@
+"""The command line: `argrad serve | solve | solvers | doctor`.
+
+Exit status: 0, or 1 if what was asked failed, or 2 if it could not be asked (wrong flags, packages that are missing).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Generator
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from argrad import operations
+from argrad._version import __version__
+from argrad.client import LOCAL, Client
+from argrad.errors import ArgradError, MissingExtraError, ProblemError
+from argrad.operations import Exchange, Reply
+from argrad.problems import QP
+from argrad.wire import JSON, WireError, decode, encode
+from argrad.wire.messages import SolveRequest
+
+COMMAND_GROUP = "argrad.commands"
+"""Entry points of this group are commands that other packages bring: callables of argv that return an exit status."""
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_PACKAGES = ("torch", "numpy", "httpx", "pydantic", "orjson")
+_ROUND_TRIPS = 20
+
+Url = Annotated[str, typer.Option("--url", envvar="ARGRAD_URL", help="Address of the service, or 'local'.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="ARGRAD_API_KEY", help="Sent as a bearer token.")]
+TimeoutS = Annotated[float, typer.Option("--timeout-s", help="Seconds that a call may take.")]
+
+app = typer.Typer(
+    help="Gradients of optimisation problems, served.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the `argrad` command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _global(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def serve(context: typer.Context) -> None:
+    """Run the service; `argrad serve --help` lists its flags."""
+    found = list(entry_points(group=COMMAND_GROUP, name="serve"))
+    try:
+        command = found[0].load()
+    except (IndexError, ImportError):
+        _leave(MissingExtraError("argrad serve", "service"), status=2)
+    raise typer.Exit(command(context.args))
+
+
+@app.command()
+def solve(
+    file: Annotated[Path, typer.Argument(help="Body of POST /v1/solve as JSON; - reads standard input.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout_s: TimeoutS = 300.0,
+) -> None:
+    """Solve the problem in a JSON file and print the reply as JSON."""
+    try:
+        body = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        request, tensors = decode(SolveRequest, body, JSON)
+    except (OSError, WireError, ProblemError) as error:
+        _leave(error, status=2)
+
+    def steps() -> Generator[Exchange, Reply, Reply]:
+        return (yield Exchange("solve", request, tensors, operations.call_within(timeout_s, None, None)))
+
+    try:
+        with Client(url, api_key=api_key) as client:
+            reply = client.run(steps())
+    except ArgradError as error:
+        _leave(error)
+    text = b"".join(encode(*reply, JSON))
+    typer.echo(json.dumps(json.loads(text), indent=2))
+
+
+@app.command()
+def solvers(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """List solvers, what they solve, and how their solutions are differentiated."""
+    try:
+        with Client(url, api_key=api_key) as client:
+            rows = client.solvers()["solvers"]
+    except ArgradError as error:
+        _leave(error)
+    table = Table("solver", "problems", "methods", "devices", "summary", title=f"solvers at {url}")
+    for row in rows:
+        methods = ", ".join(method["name"] for method in row["methods"])
+        table.add_row(row["name"], ", ".join(row["problems"]), methods, ", ".join(row["devices"]), row["summary"])
+    Console().print(table)
+
+
+@app.command()
+def doctor(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Report versions and devices, and whether the service answers and how fast."""
+    table = Table("what", "found", title="argrad doctor")
+    table.add_row("argrad", __version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        table.add_row(package, _version(package))
+    cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    table.add_row("cores, GPU here", f"{os.cpu_count()}, {cuda}")
+    is_well = True
+    for target in dict.fromkeys((LOCAL, url)):
+        is_well &= _examine(table, target, api_key, is_needed=target == url)
+    Console().print(table)
+    raise typer.Exit(0 if is_well else 1)
+
+
+def _examine(table: Table, target: str, api_key: str | None, *, is_needed: bool) -> bool:
+    """Solve a small problem there and note what came of it; False only if a needed target failed."""
+    problem = QP(Q=torch.eye(2, dtype=torch.float64), q=torch.ones(2, dtype=torch.float64))
+    times_s = []
+    try:
+        with Client(target, api_key=api_key, retries=0, timeout_s=30.0) as client:
+            device = client.solvers().get("device", "unknown")
+            for _ in range(_ROUND_TRIPS):
+                began = time.perf_counter()
+                client.solve(problem, keep_state=False)
+                times_s.append(time.perf_counter() - began)
+    except ArgradError as error:
+        table.add_row(target, f"{type(error).__name__}: {error}")
+        return not is_needed
+    table.add_row(target, f"solves on {device}; {1e3 * statistics.median(times_s):.2f} ms a round trip")
+    return True
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _leave(error: Exception, *, status: int = 1) -> NoReturn:
+    """Say what went wrong in one line, and leave."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"argrad: {error}", markup=False)
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""`Client`: solve and differentiate through a service, or through the engine in this process."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import time
+from collections.abc import Collection, Generator, Mapping
+from importlib.metadata import entry_points
+from types import TracebackType
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import SecretStr
+from torch import Tensor
+
+from argrad import operations
+from argrad.backend import ENTRY_POINT_GROUP, Backend
+from argrad.errors import ForkedError, MissingExtraError, ProblemError, StateGoneError
+from argrad.observation import Observer, observe
+from argrad.operations import Exchange, Reply
+from argrad.options import Options
+from argrad.problems import QP, Form
+from argrad.results import GradientResult, Point, SolveResult, TangentResult
+from argrad.transport.calls import HttpOptions
+from argrad.transport.exchange import RetryPolicy, drive
+from argrad.transport.http import HttpBackend
+from argrad.wire.messages import FailedGradients, Gradients
+
+T = TypeVar("T")
+
+LOCAL = "local"
+DEFAULT_TIMEOUT_S = 300.0
+DEFAULT_RETRIES = 5
+_MAX_RELEASED = 4096
+_DEFAULTS = Options()
+
+
+class Client:
+    """Solves optimisation problems and differentiates their solutions; may be used from any thread.
+
+    A client of a service works after a fork, on connections of the child's own. A client pickles, API key included,
+    because the workers that it is sent to need it: treat the pickle as the secret that it holds.
+
+    Args:
+        target: Address of a service (`http://host:port`, `https://…`, `http+unix:///path/of/socket`), or `local` for
+            the engine in this process, or a backend of your own.
+        api_key: Sent as `Authorization: Bearer`.
+        timeout_s: Seconds that a call may take, retries included; None for no limit.
+        retries: Further attempts after a connection error, a reply cut off, 429 or 503.
+        transport: Sends HTTP requests in place of a pool of connections.
+        observer: Called after each exchange, in the thread that made it.
+
+    Raises:
+        ProblemError: the address, the API key, the deadline or the number of retries cannot be one.
+        MissingExtraError: `local`, and the engine's packages are not installed.
+    """
+
+    def __init__(
+        self,
+        target: str | Backend,
+        *,
+        api_key: str | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
+        transport: httpx.BaseTransport | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        operations.check_timeout(timeout_s)
+        self._settings = (
+            target,
+            None if api_key is None else SecretStr(api_key),
+            timeout_s,
+            retries,
+            transport,
+            observer,
+        )
+        self.timeout_s, self._observer = timeout_s, observer
+        self._released: collections.deque[str] = collections.deque(maxlen=_MAX_RELEASED)
+        self._pid = os.getpid()
+        self._backend: Backend
+        if target == LOCAL:
+            self._backend = load_backend(LOCAL)
+        elif isinstance(target, str):
+            self._backend = HttpBackend(http_options(target, api_key, retries), transport=transport)
+        else:
+            self._backend = target
+
+    def solve(
+        self,
+        problem: QP | Form,
+        *,
+        options: Options = _DEFAULTS,
+        upstream: Mapping[str, Tensor] | None = None,
+        wrt: Collection[str] | None = None,
+        gradients: Gradients = "full",
+        failed_gradients: FailedGradients = "nan",
+        keep_state: bool | None = None,
+        warm_start: Mapping[str, Tensor] | None = None,
+        check: bool = True,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+    ) -> SolveResult:
+        """Solve a batch of problems; with `upstream`, differentiate in the same call.
+
+        Args:
+            problem: A `QP`, or `argrad.problems.parse(kind, tensors)` for bounds and two-sided rows.
+            options: Solver, tolerance, differentiation method.
+            upstream: Cotangents ∂loss/∂block by block, `(B, ·)` or `(k, B, ·)`.
+            wrt: Parameters whose gradients are wanted; all by default.
+            gradients: `full`, or `adjoint` for `z nu mu`, from which gradients are outer products.
+            failed_gradients: What stands where a problem has no gradient.
+            keep_state: Whether the service keeps what a later vjp or jvp reuses; by default if there is no `upstream`.
+            warm_start: A solution to begin with.
+            check: Raise if a problem has no solution; False leaves it to `SolveResult.statuses`.
+            timeout_s: Seconds for this call; by default the client's.
+            request_id: Travels to the service's log; drawn at random by default.
+
+        Raises:
+            ProblemError: the problem, a cotangent or an option is wrong; nothing was sent, or nothing was solved.
+            SolveError: a problem has no solution, and `check` is set.
+        """
+        steps = operations.solve(
+            problem,
+            options=options,
+            call=operations.call_within(self.timeout_s, timeout_s, request_id),
+            upstream=upstream,
+            wrt=wrt,
+            gradients=gradients,
+            failed_gradients=failed_gradients,
+            keep_state=keep_state,
+            warm_start=warm_start,
+            check=check,
+        )
+        return self.run(steps)
+
+    def vjp(
+        self,
+        at: Point,
+        upstream: Mapping[str, Tensor],
+        *,
+        options: Options = _DEFAULTS,
+        wrt: Collection[str] | None = None,
+        gradients: Gradients = "full",
+        failed_gradients: FailedGradients = "nan",
+        check: bool = True,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+    ) -> GradientResult:
+        """Pull cotangents of a solution back to the parameters.
+
+        Args:
+            at: A `SolveResult`, or a `Point` that anyone solved for. A lost state costs one more exchange.
+            upstream: See `solve`.
+            options: See `solve`.
+            wrt: See `solve`.
+            gradients: See `solve`.
+            failed_gradients: See `solve`.
+            check: Raise if a problem has no gradient.
+            timeout_s: See `solve`.
+            request_id: See `solve`.
+
+        Raises:
+            ProblemError: a cotangent or a name is wrong.
+            GradientError: a problem has no gradient, and `check` is set.
+        """
+        steps = operations.vjp_at(
+            at,
+            upstream,
+            options=options,
+            call=operations.call_within(self.timeout_s, timeout_s, request_id),
+            wrt=wrt,
+            gradients=gradients,
+            failed_gradients=failed_gradients,
+            check=check,
+        )
+        return self.run(steps)
+
+    def jvp(
+        self,
+        at: Point,
+        tangents: Mapping[str, Tensor],
+        *,
+        options: Options = _DEFAULTS,
+        failed_gradients: FailedGradients = "nan",
+        check: bool = True,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+    ) -> TangentResult:
+        """Push tangents of the parameters forward to the solution.
+
+        Args:
+            at: See `vjp`.
+            tangents: Of some parameters by name, each shaped like its parameter; the others stand still.
+            options: See `solve`.
+            failed_gradients: See `solve`.
+            check: Raise if a problem has no derivative.
+            timeout_s: See `solve`.
+            request_id: See `solve`.
+
+        Raises:
+            ProblemError: a tangent is wrong.
+            GradientError: a problem has no derivative, and `check` is set.
+        """
+        steps = operations.jvp_at(
+            at,
+            tangents,
+            options=options,
+            call=operations.call_within(self.timeout_s, timeout_s, request_id),
+            failed_gradients=failed_gradients,
+            check=check,
+        )
+        return self.run(steps)
+
+    def solvers(self) -> dict[str, Any]:
+        """Table of solvers and differentiation methods, with their options."""
+        self._check_process()
+        return self._backend.solvers()
+
+    def release(self, result: Point) -> None:
+        """Let the service free a forward state early; rides on the next call."""
+        if result.state is not None:
+            self.let_go(result.state)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._backend.close()
+
+    def run(self, steps: Generator[Exchange, Reply, T]) -> T:
+        """Carry out an operation of `argrad.operations`."""
+        self._check_process()
+        if self._released:
+            self._backend.release(take_all(self._released))
+        return drive(steps, self._perform, (StateGoneError,))
+
+    def let_go(self, state: str) -> None:
+        """Note a state that nobody needs any more. Does no I/O and takes no lock: finalisers call it."""
+        self._released.append(state)
+
+    def _perform(self, exchange: Exchange) -> Reply:
+        began = time.perf_counter()
+        reply: Reply = getattr(self._backend, exchange.name)(exchange.request, exchange.tensors, exchange.call)
+        if self._observer is not None:
+            observe(self._observer, exchange, reply, time.perf_counter() - began)
+        return reply
+
+    def _check_process(self) -> None:
+        if self._pid == os.getpid():
+            return
+        if self._settings[0] == LOCAL:
+            raise ForkedError(
+                "Client('local') was forked with its process, and the engine's threads were not: start workers with "
+                "the 'spawn' start method (multiprocessing_context='spawn' for a DataLoader), or use a service"
+            )
+        self._pid = os.getpid()
+        self._released = collections.deque(maxlen=_MAX_RELEASED)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __copy__(self) -> Client:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Client:
+        """Copies of a layer share its client, which belongs to no one of them."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, self._settings
+
+    def __repr__(self) -> str:
+        return f"argrad.Client({self._settings[0]!r})"
+
+
+def _rebuild(
+    target: str | Backend,
+    api_key: SecretStr | None,
+    timeout_s: float | None,
+    retries: int,
+    transport: httpx.BaseTransport | None,
+    observer: Observer | None,
+) -> Client:
+    return Client(
+        target,
+        api_key=None if api_key is None else api_key.get_secret_value(),
+        timeout_s=timeout_s,
+        retries=retries,
+        transport=transport,
+        observer=observer,
+    )
+
+
+def http_options(url: str, api_key: str | None, retries: int) -> HttpOptions:
+    """How a service is called, from a client's arguments.
+
+    Raises:
+        ProblemError: the API key or the number of retries cannot be one.
+    """
+    if retries < 0:
+        raise ProblemError("retries", str(retries), "0 or more")
+    return HttpOptions(
+        url=url, api_key=None if api_key is None else SecretStr(api_key), policy=RetryPolicy(retries=retries)
+    )
+
+
+def load_backend(name: str) -> Backend:
+    """Make the backend that an installed package offers under that name.
+
+    Raises:
+        MissingExtraError: no package does, or packages that it needs are not installed.
+    """
+    missing = MissingExtraError(f"argrad.Client({name!r})", "service")
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        try:
+            backend: Backend = entry.load()()
+        except ImportError as error:
+            raise missing from error
+        return backend
+    raise missing
+
+
+def take_all(states: collections.deque[str]) -> list[str]:
+    """Empty a deque that other threads append to."""
+    taken: list[str] = []
+    with contextlib.suppress(IndexError):
+        while True:
+            taken.append(states.popleft())
+    return taken

@@ -1,0 +1,310 @@
+"""The calls of a client, without any I/O: the same for the synchronous client, the async one, and autograd.
+
+Each operation is a generator that yields an `Exchange`, is sent the reply, and returns the result. `StateGoneError` is
+thrown into it: it then sends problem and solution, once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Collection, Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from torch import Tensor
+
+from argrad.backend import Call
+from argrad.errors import DeadlineExceededError, ProblemError, StateGoneError
+from argrad.options import Options
+from argrad.problems import QP, Form, check_finite, check_names, parse
+from argrad.problems.two_sided import TwoSidedQP
+from argrad.replies import named, one_each, read_report, read_statuses, section
+from argrad.results import GradientResult, Point, SolveResult, TangentResult
+from argrad.wire.messages import (
+    FailedGradients,
+    Gradients,
+    JvpReply,
+    JvpRequest,
+    Message,
+    ProblemDocument,
+    SolveReply,
+    SolveRequest,
+    TensorMap,
+    VjpReply,
+    VjpRequest,
+)
+
+Name = Literal["solve", "vjp", "jvp"]
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Send a message, and read the reply."""
+
+    name: Name
+    request: Message
+    tensors: TensorMap
+    call: Call
+
+
+Reply = tuple[Message, TensorMap]
+Steps = Generator[Exchange, Reply, Reply]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    """Where derivatives are taken, as a request says it.
+
+    Args:
+        kind: Of the problem.
+        parameters: By the caller's names.
+        solution: Blocks by the caller's names.
+        state: Token that stands for all three, while the service keeps it.
+    """
+
+    kind: Literal["qp", "qp_two_sided"]
+    parameters: Mapping[str, Tensor]
+    solution: Mapping[str, Tensor]
+    state: str | None
+
+
+def form_of(problem: QP | Form) -> Form:
+    """A problem in the caller's form, checked, values included.
+
+    Raises:
+        ProblemError: a value is not finite.
+    """
+    return problem if isinstance(problem, Form) else parse("qp", problem.parameters())
+
+
+def kind_of(form: Form) -> Literal["qp", "qp_two_sided"]:
+    """Name of a form on the wire."""
+    return "qp_two_sided" if isinstance(form, TwoSidedQP) else "qp"
+
+
+def place_of(point: Point) -> Place:
+    """A point, as a request says it."""
+    return Place(
+        kind=kind_of(point.problem),
+        parameters=point.problem.parameters,
+        solution=point.solution,
+        state=point.state,
+    )
+
+
+def call_within(default_s: float | None, timeout_s: float | None, request_id: str | None) -> Call:
+    """What surrounds one call: its deadline, by default the client's, its request id, and an affinity of its own.
+
+    Raises:
+        ProblemError: the deadline is zero, negative or not a number.
+    """
+    check_timeout(timeout_s)
+    chosen_s = default_s if timeout_s is None else timeout_s
+    return Call(timeout_s=chosen_s, request_id=request_id, affinity=secrets.token_hex(8))
+
+
+def check_timeout(timeout_s: float | None) -> None:
+    """Refuse a deadline that no call could meet.
+
+    Raises:
+        ProblemError: zero, negative or not a number.
+    """
+    if timeout_s is not None and not timeout_s > 0:
+        raise ProblemError("timeout_s", repr(timeout_s), "seconds above zero, or None for no limit")
+
+
+def solve(
+    problem: QP | Form,
+    *,
+    options: Options,
+    call: Call,
+    upstream: Mapping[str, Tensor] | None = None,
+    wrt: Collection[str] | None = None,
+    gradients: Gradients = "full",
+    failed_gradients: FailedGradients = "nan",
+    keep_state: bool | None = None,
+    warm_start: Mapping[str, Tensor] | None = None,
+    check: bool = True,
+) -> Generator[Exchange, Reply, SolveResult]:
+    """POST /v1/solve; see `Client.solve`."""
+    form = form_of(problem)
+    if wrt is not None:
+        check_names("wrt", wrt, form.names)
+    tensors = named("problem", form.parameters)
+    if upstream is not None:
+        check_upstream(form, upstream)
+        tensors |= named("upstream", upstream)
+    if warm_start is not None:
+        form.point(warm_start, section="warm_start")
+        tensors |= named("warm_start", warm_start)
+    request = SolveRequest(
+        problem=ProblemDocument(kind=kind_of(form)),
+        solver=options.solver_document,
+        differentiation=options.differentiation_document,
+        wrt=None if wrt is None else list(wrt),
+        gradients=gradients,
+        failed_gradients=failed_gradients,
+        keep_state=keep_state,
+    )
+    message, out = yield Exchange("solve", request, tensors, call)
+    reply = cast("SolveReply", message)
+    like = form.problem.q
+    result = SolveResult(
+        problem=form,
+        solution=section(out, "solution", like),
+        state=reply.state,
+        affinity=call.affinity,
+        statuses=read_statuses(reply.status),
+        report=read_report(reply.report, out, reply.timings_ms),
+        gradients=section(out, "gradients", like) or None,
+        adjoint=section(out, "adjoint", like) or None,
+        gradient_statuses=one_each(reply.gradient_status),
+    )
+    return result.check() if check else result
+
+
+def vjp_at(
+    point: Point,
+    upstream: Mapping[str, Tensor],
+    *,
+    options: Options,
+    call: Call,
+    wrt: Collection[str] | None,
+    gradients: Gradients,
+    failed_gradients: FailedGradients,
+    check: bool,
+) -> Generator[Exchange, Reply, GradientResult]:
+    """Check what a vjp is asked, as the service would, and make it; see `Client.vjp`."""
+    if wrt is not None:
+        check_names("wrt", wrt, point.problem.names)
+    check_upstream(point.problem, upstream, point if isinstance(point, SolveResult) else None)
+    result = yield from vjp(
+        place_of(point),
+        upstream,
+        options=options,
+        call=replace(call, affinity=point.affinity),
+        wrt=wrt,
+        gradients=gradients,
+        failed_gradients=failed_gradients,
+    )
+    return result.check() if check else result
+
+
+def jvp_at(
+    point: Point,
+    tangents: Mapping[str, Tensor],
+    *,
+    options: Options,
+    call: Call,
+    failed_gradients: FailedGradients,
+    check: bool,
+) -> Generator[Exchange, Reply, TangentResult]:
+    """Check what a jvp is asked, as the service would, and make it; see `Client.jvp`."""
+    point.problem.tangents(tangents)
+    result = yield from jvp(
+        place_of(point),
+        tangents,
+        options=options,
+        call=replace(call, affinity=point.affinity),
+        failed_gradients=failed_gradients,
+    )
+    return result.check() if check else result
+
+
+def vjp(
+    place: Place,
+    upstream: Mapping[str, Tensor],
+    *,
+    options: Options,
+    call: Call,
+    wrt: Collection[str] | None = None,
+    gradients: Gradients = "full",
+    failed_gradients: FailedGradients = "nan",
+) -> Generator[Exchange, Reply, GradientResult]:
+    """POST /v1/vjp; nothing is checked here."""
+    request = VjpRequest(
+        problem=ProblemDocument(kind=place.kind),
+        solver=options.solver_document,
+        differentiation=options.differentiation_document,
+        wrt=None if wrt is None else list(wrt),
+        gradients=gradients,
+        failed_gradients=failed_gradients,
+    )
+    message, out = yield from _at("vjp", place, request, named("upstream", upstream), call)
+    reply = cast("VjpReply", message)
+    like = next(iter(place.parameters.values()))
+    return GradientResult(
+        gradients=section(out, "gradients", like) or None,
+        adjoint=section(out, "adjoint", like) or None,
+        gradient_statuses=one_each(reply.gradient_status),
+        report=read_report(reply.report, out, reply.timings_ms),
+    )
+
+
+def jvp(
+    place: Place,
+    tangents: Mapping[str, Tensor],
+    *,
+    options: Options,
+    call: Call,
+    failed_gradients: FailedGradients = "nan",
+) -> Generator[Exchange, Reply, TangentResult]:
+    """POST /v1/jvp; nothing is checked here."""
+    request = JvpRequest(
+        problem=ProblemDocument(kind=place.kind),
+        solver=options.solver_document,
+        differentiation=options.differentiation_document,
+        failed_gradients=failed_gradients,
+    )
+    message, out = yield from _at("jvp", place, request, named("tangents", tangents), call)
+    reply = cast("JvpReply", message)
+    like = next(iter(place.parameters.values()))
+    return TangentResult(
+        tangents=section(out, "tangents", like),
+        gradient_statuses=one_each(reply.gradient_status),
+        report=read_report(reply.report, out, reply.timings_ms),
+    )
+
+
+def _at(name: Name, place: Place, request: Message, direction: TensorMap, call: Call) -> Steps:
+    """Differentiate by state token; without one, or once the state is gone, by problem and solution."""
+    began = time.monotonic()
+    if place.state is not None:
+        by_state = request.model_copy(update={"state": place.state, "problem": None})
+        try:
+            return (yield Exchange(name, by_state, direction, call))
+        except StateGoneError:
+            pass
+    # s = h − Gz needs not travel.
+    solution = {key: block for key, block in place.solution.items() if key != "s"}
+    tensors = named("problem", place.parameters) | named("solution", solution) | direction
+    return (yield Exchange(name, request, tensors, _less(call, time.monotonic() - began)))
+
+
+def _less(call: Call, elapsed_s: float) -> Call:
+    if call.timeout_s is None:
+        return call
+    if elapsed_s >= call.timeout_s:
+        raise DeadlineExceededError(f"no result within {call.timeout_s:g} s")
+    return replace(call, timeout_s=call.timeout_s - elapsed_s)
+
+
+def check_upstream(form: Form, upstream: Mapping[str, Tensor], at: SolveResult | None = None) -> None:
+    """Refuse cotangents of the wrong names or shapes, and values that are not finite.
+
+    Args:
+        form: The problem.
+        upstream: Cotangents by block.
+        at: Where they are taken; the rows of problems that failed there may hold anything.
+
+    Raises:
+        ProblemError: names the cotangent.
+    """
+    form.upstream(upstream)
+    failed = list(at.failed) if at is not None else []
+    for name, tensor in upstream.items():
+        if failed:
+            tensor = tensor.detach().clone()
+            tensor[..., failed, :] = 0.0
+        check_finite(f"upstream.{name}", tensor)

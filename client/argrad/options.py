@@ -1,0 +1,50 @@
+"""What a caller may choose: who solves and how exactly, and what happens to a problem without a solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from argrad.problems import check_names
+from argrad.wire.documents import validate
+from argrad.wire.messages import DifferentiationDocument, Gradients, SolverDocument, SolveRequest
+
+OnFailure = Literal["raise", "nan", "zero_grad"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a problem is solved and differentiated.
+
+    Args:
+        solver: A solver of `Client.solvers()`, or `auto`.
+        tolerance: Bound on the scaled KKT residuals at which a problem counts as optimal, from 1e-12 to 0.1.
+        max_iterations: Bound on the iterations of one problem, from 1 to 10 000.
+        method: A differentiation method of `Client.solvers()`, or `auto`.
+
+    Raises:
+        ProblemError: a value is out of range, in the service's own words.
+    """
+
+    solver: str = "auto"
+    tolerance: float = 1e-8
+    max_iterations: int = 100
+    method: str = "auto"
+    solver_document: SolverDocument = field(init=False, repr=False, compare=False)
+    differentiation_document: DifferentiationDocument = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        solver = {"name": self.solver, "tolerance": self.tolerance, "max_iterations": self.max_iterations}
+        checked = validate(SolveRequest, {"solver": solver, "differentiation": {"method": self.method}})
+        object.__setattr__(self, "solver_document", checked.solver)
+        object.__setattr__(self, "differentiation_document", checked.differentiation)
+
+
+def check_choices(on_failure: str, gradients: str) -> None:
+    """Refuse words that are not choices.
+
+    Raises:
+        ProblemError: names the choice, and the words that are.
+    """
+    check_names("on_failure", [on_failure], get_args(OnFailure))
+    check_names("gradients", [gradients], get_args(Gradients))

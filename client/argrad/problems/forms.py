@@ -1,0 +1,59 @@
+"""The forms in which a caller may state a QP; `parse` reads one.
+
+qp             ½zᵀQz + qᵀz   subject to   Az = b (ν),  Gz ≤ h (λ),  lb ≤ z ≤ ub (λ_lb, λ_ub ≥ 0, both optional)
+qp_two_sided   ½xᵀPx + qᵀx   subject to   l ≤ Ax ≤ u (y: positive at the upper bound, negative at the lower)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from argrad.errors import ProblemError
+from argrad.problems.bounded import BoundedQP
+from argrad.problems.form import Form
+from argrad.problems.qp import QP
+from argrad.problems.rows import BOUNDED, TWO_SIDED, append_bounds, check_bounded, check_two_sided, split_rows
+from argrad.problems.shapes import check_finite
+from argrad.problems.two_sided import TwoSidedQP
+
+__all__ = ["BoundedQP", "Form", "TwoSidedQP", "parse"]
+
+_DIMENSIONS = {"qp": BOUNDED, "qp_two_sided": TWO_SIDED}
+_SIDES = {"lb", "ub", "l", "u"}
+
+
+def parse(kind: str, tensors: Mapping[str, Tensor]) -> Form:
+    """Check a problem, values included, and bring it into the canonical form.
+
+    Args:
+        kind: `qp` with Q q G h A b lb ub, or `qp_two_sided` with P q A l u.
+        tensors: Parameters by name, of which only Q (P) and q must be there.
+
+    Returns:
+        The problem in the caller's form, with its canonical QP.
+
+    Raises:
+        ProblemError: the kind or a name is unknown, or a shape, dtype, device or value does not fit.
+    """
+    if kind not in _DIMENSIONS:
+        raise ProblemError("problem.kind", repr(kind), f"one of {', '.join(_DIMENSIONS)}")
+    dimensions = _DIMENSIONS[kind]
+    for name in tensors:
+        if name not in dimensions:
+            raise ProblemError(f"problem.{name}", "an unknown parameter", f"one of {', '.join(dimensions)}")
+    given = {name: tensors.get(name) for name in dimensions}
+    form: type[Form]
+    if kind == "qp":
+        form, parameters = BoundedQP, check_bounded(given)
+        canonical, row_map = append_bounds(parameters)
+    else:
+        form, parameters = TwoSidedQP, check_two_sided(given)
+        canonical, row_map = split_rows(parameters)
+    for name, tensor in parameters.items():
+        if name == "h":
+            check_finite("problem.h", tensor, "finite numbers or +inf", allowing=float("inf"))
+        elif name not in _SIDES:
+            check_finite(f"problem.{name}", tensor)
+    return form(parameters=parameters, problem=QP(**canonical._asdict()), row_map=row_map)

@@ -1,0 +1,205 @@
+"""Quadratic programs: the data, its shape rules, and how an adjoint becomes parameter gradients.
+
+    minimise ½ zᵀQz + qᵀz   subject to   Az = b  (ν),   Gz ≤ h  (λ ≥ 0),   s = h − Gz ≥ 0
+
+Lagrangian ½zᵀQz + qᵀz + νᵀ(Az − b) + λᵀ(Gz − h); every sign follows from it. Each parameter is either
+batched, with one leading dimension B, or shared by the batch; the gradient of a shared parameter is
+the sum over the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from argrad.problems.shapes import batch_size, check_finite, check_parameters, require, without_empty
+
+PARAMETERS = ("Q", "q", "G", "h", "A", "b")
+"""The parameters of a QP, in the order in which every signature takes them."""
+
+PRIMAL_DUAL = ("z", "nu", "lam", "s")
+"""The blocks of a solution, in the order in which every signature returns them."""
+
+DIMENSIONS = {"Q": ("n", "n"), "q": ("n",), "G": ("m", "n"), "h": ("m",), "A": ("p", "n"), "b": ("p",)}
+"""Dimensions of each parameter, without the batch."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QP:
+    """A batch of quadratic programs with n variables, m inequalities and p equalities.
+
+    Args:
+        Q: `(n, n)` or `(B, n, n)`, read as its symmetric part, which must be positive semidefinite.
+        q: `(n,)` or `(B, n)`.
+        G: `(m, n)` or `(B, m, n)`; None together with `h` where there are no inequalities.
+        h: `(m,)` or `(B, m)`; +inf says that the row does not bind.
+        A: `(p, n)` or `(B, p, n)`; None together with `b` where there are no equalities.
+        b: `(p,)` or `(B, p)`.
+
+    G and A with no rows count as absent, and then say nothing of the batch.
+
+    Raises:
+        ProblemError: a rank, a size, a dtype or a device does not fit the others.
+    """
+
+    Q: Float[Tensor, "*#batch n n"]
+    q: Float[Tensor, "*#batch n"]
+    G: Float[Tensor, "*#batch m n"] | None = None
+    h: Float[Tensor, "*#batch m"] | None = None
+    A: Float[Tensor, "*#batch p n"] | None = None
+    b: Float[Tensor, "*#batch p"] | None = None
+
+    def __post_init__(self) -> None:
+        parameters: dict[str, Tensor | None] = {name: getattr(self, name) for name in PARAMETERS}
+        for name in ("Q", "q"):
+            require(parameters, name, DIMENSIONS)
+        for matrix, vector in (("G", "h"), ("A", "b")):
+            parameters = without_empty(parameters, matrix, vector)
+            object.__setattr__(self, matrix, parameters[matrix])
+            object.__setattr__(self, vector, parameters[vector])
+        check_parameters(parameters, DIMENSIONS)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that are there, by name."""
+        return {name: value for name in PARAMETERS if (value := getattr(self, name)) is not None}
+
+    def is_batched(self, name: str) -> bool:
+        """Whether the parameter of that name has a batch dimension of its own."""
+        return bool(getattr(self, name).ndim > len(DIMENSIONS[name]))
+
+    @property
+    def n(self) -> int:
+        """Number of variables."""
+        return self.q.shape[-1]
+
+    @property
+    def m(self) -> int:
+        """Number of inequalities."""
+        return 0 if self.h is None else self.h.shape[-1]
+
+    @property
+    def p(self) -> int:
+        """Number of equalities."""
+        return 0 if self.b is None else self.b.shape[-1]
+
+    @property
+    def batch_size(self) -> int | None:
+        """B, or None where no parameter has a batch dimension."""
+        return batch_size(self.parameters(), DIMENSIONS)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Common dtype of the parameters."""
+        return self.q.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Common device of the parameters."""
+        return self.q.device
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinities; +inf in `h` is a row that does not bind.
+
+        Costs one pass over the data, and on a GPU one synchronisation a parameter.
+
+        Raises:
+            ProblemError: names the first parameter with a value that is not allowed, and where.
+        """
+        for name, tensor in self.parameters().items():
+            if name == "h":
+                check_finite("problem.h", tensor, "finite numbers or +inf", allowing=torch.inf)
+            else:
+                check_finite(f"problem.{name}", tensor)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solution:
+    """A primal–dual point of a batch of QPs.
+
+    Args:
+        z: Primal solution `(B, n)`.
+        nu: Multipliers of Az = b, `(B, p)`, of either sign.
+        lam: Multipliers of Gz ≤ h, `(B, m)`, nonnegative.
+        s: Slacks h − Gz, `(B, m)`, nonnegative.
+    """
+
+    z: Float[Tensor, "*batch n"]
+    nu: Float[Tensor, "*batch p"]
+    lam: Float[Tensor, "*batch m"]
+    s: Float[Tensor, "*batch m"]
+
+    def blocks(self) -> dict[str, Tensor]:
+        """The four blocks by name."""
+        return {name: getattr(self, name) for name in PRIMAL_DUAL}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adjoint:
+    """The whole answer of a backward pass (math: d_z, d_ν, μ), with k cotangents in front if k were asked for.
+
+    A cotangent g_s on the slack is contained: `mu` is then D(λ)d_λ − g_s, so that the gradients below need no
+    further term.
+
+    Args:
+        z: `(*k, B, n)`, which is ∂q.
+        nu: `(*k, B, p)`, which is −∂b.
+        mu: `(*k, B, m)`, which is −∂h.
+    """
+
+    z: Float[Tensor, "*batch n"]
+    nu: Float[Tensor, "*batch p"]
+    mu: Float[Tensor, "*batch m"]
+
+    def blocks(self) -> dict[str, Tensor]:
+        """The three blocks by name."""
+        return {"z": self.z, "nu": self.nu, "mu": self.mu}
+
+
+def gradients(
+    solution: Solution, adjoint: Adjoint, *, wrt: Collection[str], batched: Collection[str]
+) -> dict[str, Tensor]:
+    """Form parameter gradients from an adjoint by outer products.
+
+        ∂Q = ½(d_z zᵀ + z d_zᵀ)   ∂q = d_z   ∂G = μzᵀ + λd_zᵀ   ∂h = −μ   ∂A = d_ν zᵀ + ν d_zᵀ   ∂b = −d_ν
+
+    For a shared parameter the sum over the batch is one matrix product.
+
+    Args:
+        solution: Blocks of shape `(B, ·)`.
+        adjoint: Blocks of shape `(B, ·)` or `(k, B, ·)`.
+        wrt: Parameters whose gradients are wanted, names of `PARAMETERS`.
+        batched: Those of them that have a batch dimension.
+
+    Returns:
+        Gradients by name, shaped like the parameter, behind `(k,)` where the adjoint has k cotangents.
+
+    References:
+        Amos & Kolter, OptNet, ICML 2017, eq. (8). Deviation: its printed ∂G has D(λ) in front of both terms, which
+        is wrong; differences confirm the form above.
+    """
+    z, nu, lam = solution.z, solution.nu, solution.lam
+    formed: dict[str, Tensor] = {}
+    for name in wrt:
+        is_batched = name in batched
+        if name == "Q":
+            half = 0.5 * outer(adjoint.z, z, is_batched)
+            formed[name] = half + half.transpose(-1, -2)
+        elif name == "G":
+            formed[name] = outer(adjoint.mu, z, is_batched) + outer(lam, adjoint.z, is_batched)
+        elif name == "A":
+            formed[name] = outer(adjoint.nu, z, is_batched) + outer(nu, adjoint.z, is_batched)
+        else:
+            vector = {"q": adjoint.z, "h": -adjoint.mu, "b": -adjoint.nu}[name]
+            formed[name] = vector if is_batched else vector.sum(dim=-2)
+    return formed
+
+
+def outer(left: Tensor, right: Tensor, is_batched: bool) -> Tensor:
+    """Outer products left rightᵀ of each problem, `(…, B, r, c)`, or their sum over the batch, `(…, r, c)`."""
+    if is_batched:
+        return left.unsqueeze(-1) * right.unsqueeze(-2)
+    return left.transpose(-1, -2) @ right

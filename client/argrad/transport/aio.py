@@ -1,0 +1,90 @@
+"""The service over HTTP, for callers on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
+
+import httpx
+
+from argrad.backend import Call
+from argrad.transport.bodies import Download
+from argrad.transport.calls import HttpCalls, HttpOptions, read_document, read_reply
+from argrad.transport.exchange import Answer, Pause, Send, Steps, drive_async
+from argrad.transport.pool import LIMITS
+from argrad.wire.messages import (
+    JvpReply,
+    JvpRequest,
+    SolveReply,
+    SolveRequest,
+    TensorMap,
+    VjpReply,
+    VjpRequest,
+)
+
+
+class AsyncHttpBackend:
+    """`HttpBackend` with methods that are awaited; belongs to one event loop.
+
+    Args:
+        options: How the service is called.
+        transport: Sends requests; by default a pool of connections.
+        sleep: Waits between attempts; tests bring their own.
+    """
+
+    def __init__(
+        self,
+        options: HttpOptions,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._calls, self._sleep = HttpCalls(options), sleep
+        self._transport = transport or _pool(self._calls)
+
+    async def solve(self, request: SolveRequest, tensors: TensorMap, call: Call) -> tuple[SolveReply, TensorMap]:
+        """POST /v1/solve."""
+        return read_reply(SolveReply, await self._run(self._calls.post("solve", request, tensors, call)))
+
+    async def vjp(self, request: VjpRequest, tensors: TensorMap, call: Call) -> tuple[VjpReply, TensorMap]:
+        """POST /v1/vjp."""
+        return read_reply(VjpReply, await self._run(self._calls.post("vjp", request, tensors, call)))
+
+    async def jvp(self, request: JvpRequest, tensors: TensorMap, call: Call) -> tuple[JvpReply, TensorMap]:
+        """POST /v1/jvp."""
+        return read_reply(JvpReply, await self._run(self._calls.post("jvp", request, tensors, call)))
+
+    async def solvers(self) -> dict[str, Any]:
+        """GET /v1/solvers."""
+        return read_document(await self._run(self._calls.get("solvers")))
+
+    def release(self, states: Sequence[str]) -> None:
+        """Note states that nobody needs any more; they ride on the next call. Does no I/O."""
+        self._calls.release(states)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._transport.aclose()
+
+    async def _run(self, steps: Steps) -> Answer:
+        return await drive_async(steps, self._perform, (httpx.HTTPError,))
+
+    async def _perform(self, effect: Send | Pause) -> Answer | None:
+        if isinstance(effect, Pause):
+            await self._sleep(effect.seconds)
+            return None
+        response = await self._transport.handle_async_request(effect.request)
+        try:
+            download = Download(response.headers, effect.deadline)
+            async for piece in cast("httpx.AsyncByteStream", response.stream):
+                download.add(piece)
+            return Answer(response.status_code, response.headers, download.finish())
+        finally:
+            await response.aclose()
+
+
+def _pool(calls: HttpCalls) -> httpx.AsyncBaseTransport:
+    address = calls.address
+    is_tls = address.base.scheme == "https"
+    return httpx.AsyncHTTPTransport(verify=is_tls, limits=LIMITS, uds=address.uds, proxy=address.proxy)

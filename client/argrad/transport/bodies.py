@@ -1,0 +1,84 @@
+"""Request bodies in pieces, and replies into one buffer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+
+import httpx
+
+from argrad.transport.exchange import Deadline
+
+_PIECE_BYTES = 256 * 1024
+"""httpcore copies what is left of a buffer after each send: a large one in a piece costs time quadratic in its size."""
+
+
+class Upload(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A request body that can be sent again.
+
+    Args:
+        buffers: Their concatenation is the body; they are not copied.
+        size: Its length in bytes.
+        deadline: Checked before each piece of a long body.
+    """
+
+    def __init__(self, buffers: Sequence[bytes | memoryview], size: int, deadline: Deadline) -> None:
+        self._buffers, self._size, self._deadline = buffers, size, deadline
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self._size <= _PIECE_BYTES:
+            yield b"".join(self._buffers)
+            return
+        for buffer in self._buffers:
+            view = memoryview(buffer)
+            for start in range(0, len(view), _PIECE_BYTES):
+                self._deadline.check()
+                yield bytes(view[start : start + _PIECE_BYTES])
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self:
+            yield piece
+
+
+class Download:
+    """A reply's body, gathered in a buffer of its Content-Length.
+
+    Args:
+        headers: Of the reply.
+        deadline: Checked at each piece, so that a reply that trickles in ends too.
+
+    Raises:
+        httpx.RemoteProtocolError: the body is encoded, though nobody asked for it.
+    """
+
+    def __init__(self, headers: Mapping[str, str], deadline: Deadline) -> None:
+        if headers.get("content-encoding", "identity") != "identity":
+            raise httpx.RemoteProtocolError(f"the reply is encoded as {headers['content-encoding']}")
+        length = headers.get("content-length")
+        self._wanted = int(length) if length is not None and length.isdigit() else None
+        self._buffer = bytearray(self._wanted or 0)
+        self._filled = 0
+        self._deadline = deadline
+
+    def add(self, piece: bytes) -> None:
+        """Append a piece.
+
+        Raises:
+            DeadlineExceededError: the deadline passed.
+            httpx.RemoteProtocolError: the body is longer than its Content-Length.
+        """
+        self._deadline.check()
+        end = self._filled + len(piece)
+        if self._wanted is not None and end > self._wanted:
+            raise httpx.RemoteProtocolError(f"the reply is longer than its {self._wanted} bytes")
+        self._buffer[self._filled : end] = piece
+        self._filled = end
+
+    def finish(self) -> bytearray:
+        """The whole body.
+
+        Raises:
+            httpx.RemoteProtocolError: the body is shorter than its Content-Length.
+        """
+        if self._wanted is not None and self._filled < self._wanted:
+            raise httpx.RemoteProtocolError(f"the reply was cut off after {self._filled} of {self._wanted} bytes")
+        return self._buffer

@@ -1,0 +1,131 @@
+"""The service over HTTP, for callers that wait: an `argrad.backend.Backend`.
+
+Requests go to httpx's transport without httpx's client around it: the pool, the timeouts and the exceptions are the
+transport's, and what the client adds (redirects, cookies, authentication flows) is not used and costs 0.12 ms a call.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import httpx
+
+from argrad.backend import Call
+from argrad.transport.bodies import Download
+from argrad.transport.calls import HttpCalls, HttpOptions, read_document, read_reply
+from argrad.transport.exchange import Answer, Pause, Send, Steps, drive
+from argrad.transport.pool import LIMITS, PooledTransport
+from argrad.wire.messages import (
+    JvpReply,
+    JvpRequest,
+    Message,
+    SolveReply,
+    SolveRequest,
+    TensorMap,
+    VjpReply,
+    VjpRequest,
+)
+
+
+class HttpBackend:
+    """A service, called from any thread. It survives a fork, and pickles.
+
+    Args:
+        options: How the service is called.
+        transport: Sends requests; by default a pool of connections, opened again in a forked child.
+        sleep: Waits between attempts; tests bring their own.
+    """
+
+    def __init__(
+        self,
+        options: HttpOptions,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._options, self._given, self._sleep = options, transport, sleep
+        self._open()
+
+    def _open(self) -> None:
+        self._calls = HttpCalls(self._options)
+        self._transport = self._given or _pool(self._calls)
+        self._pid = os.getpid()
+
+    def _current(self) -> HttpCalls:
+        if self._pid != os.getpid():
+            # The parent's pool is kept, unused: closing its sockets here could disturb the parent's connections.
+            self._parent = self._transport
+            self._open()
+        return self._calls
+
+    def solve(self, request: SolveRequest, tensors: TensorMap, call: Call) -> tuple[SolveReply, TensorMap]:
+        """POST /v1/solve."""
+        return read_reply(SolveReply, self._post("solve", request, tensors, call))
+
+    def vjp(self, request: VjpRequest, tensors: TensorMap, call: Call) -> tuple[VjpReply, TensorMap]:
+        """POST /v1/vjp."""
+        return read_reply(VjpReply, self._post("vjp", request, tensors, call))
+
+    def jvp(self, request: JvpRequest, tensors: TensorMap, call: Call) -> tuple[JvpReply, TensorMap]:
+        """POST /v1/jvp."""
+        return read_reply(JvpReply, self._post("jvp", request, tensors, call))
+
+    def solvers(self) -> dict[str, Any]:
+        """GET /v1/solvers."""
+        return read_document(self._run(self._current().get("solvers")))
+
+    def release(self, states: Sequence[str]) -> None:
+        """Note states that nobody needs any more; they ride on the next call. Does no I/O."""
+        if self._pid == os.getpid():
+            self._calls.release(states)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._current()
+        self._transport.close()
+
+    def __del__(self) -> None:
+        # A layer's own client is nobody's to close. What was given is the giver's; a forked child's is the parent's.
+        if getattr(self, "_pid", None) == os.getpid() and self._given is None:
+            self._transport.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._options, self._given, self._sleep)
+
+    def __repr__(self) -> str:
+        return f"HttpBackend({self._options.url!r})"
+
+    def _post(self, name: str, request: Message, tensors: TensorMap, call: Call) -> Answer:
+        return self._run(self._current().post(name, request, tensors, call))
+
+    def _run(self, steps: Steps) -> Answer:
+        return drive(steps, self._perform, (httpx.HTTPError,))
+
+    def _perform(self, effect: Send | Pause) -> Answer | None:
+        if isinstance(effect, Pause):
+            self._sleep(effect.seconds)
+            return None
+        response = self._transport.handle_request(effect.request)
+        try:
+            download = Download(response.headers, effect.deadline)
+            for piece in cast("httpx.SyncByteStream", response.stream):
+                download.add(piece)
+            return Answer(response.status_code, response.headers, download.finish())
+        finally:
+            response.close()
+
+
+def _rebuild(
+    options: HttpOptions, transport: httpx.BaseTransport | None, sleep: Callable[[float], None]
+) -> HttpBackend:
+    return HttpBackend(options, transport=transport, sleep=sleep)
+
+
+def _pool(calls: HttpCalls) -> httpx.BaseTransport:
+    address = calls.address
+    if address.proxy is None:
+        return PooledTransport(address)
+    return httpx.HTTPTransport(proxy=address.proxy, limits=LIMITS)

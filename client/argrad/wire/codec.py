@@ -1,0 +1,85 @@
+"""Messages to bytes and back, in whichever format a content type names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from argrad.wire import json, safetensors
+from argrad.wire.documents import M, check_tensor_name, parse_object, validate
+from argrad.wire.errors import UnreadableBodyError
+from argrad.wire.messages import Message, TensorMap
+from argrad.wire.negotiation import JSON, body_format
+
+_DOCUMENT = "argrad"
+
+
+def encode(message: Message, tensors: Mapping[str, Tensor], content_type: str) -> list[bytes | memoryview]:
+    """Write a message.
+
+    Args:
+        message: The document.
+        tensors: Its tensors, by dotted name.
+        content_type: `JSON` or `SAFETENSORS`.
+
+    Returns:
+        Buffers whose concatenation is the body. In the binary form they view the tensors, which must not be changed
+        before they are sent; only tensors that are not contiguous, or on a GPU, are copied.
+
+    Raises:
+        ProblemError: a tensor's name or dtype has no place in the message.
+        UnsupportedMediaTypeError: `content_type` is neither.
+    """
+    for name in tensors:
+        check_tensor_name(type(message), name)
+    if body_format(content_type) == JSON:
+        return [json.write(message, tensors)]
+    return safetensors.write({_DOCUMENT: message.model_dump_json(exclude_none=True)}, tensors)
+
+
+def decode(
+    model: type[M],
+    body: bytes | bytearray | memoryview,
+    content_type: str | None,
+    *,
+    limits: json.JsonLimits = json.DEFAULT_LIMITS,
+    max_header_bytes: int = safetensors.MAX_HEADER_BYTES,
+) -> tuple[M, TensorMap]:
+    """Read a message.
+
+    Args:
+        model: The document that is expected.
+        body: All of it. In the binary form the tensors are views of a body that can be written to (`bytearray`).
+        content_type: The Content-Type header.
+        limits: What a body in JSON may cost.
+        max_header_bytes: Length of the header in the binary form; a reply's grows with the batch.
+
+    Returns:
+        The document, and its tensors by dotted name. In both forms a document that leaves out an object beside its
+        tensors (`problem` without `kind`) counts as having it, empty.
+
+    Raises:
+        UnsupportedMediaTypeError: the content type is neither.
+        UnreadableBodyError: the bytes are not what the content type says.
+        TooLargeError: JSON over a limit.
+        ProblemError: readable, but a field is unknown, missing or wrong.
+    """
+    if body_format(content_type) == JSON:
+        return json.read(model, body, limits)
+    metadata, tensors = safetensors.read(body, max_header_bytes=max_header_bytes)
+    if _DOCUMENT not in metadata:
+        wanted = "the JSON document of the message, as a string"
+        raise UnreadableBodyError(f"__metadata__.{_DOCUMENT}", "nothing", wanted)
+    document = parse_object(f"__metadata__.{_DOCUMENT}", metadata[_DOCUMENT])
+    for name in tensors:
+        check_tensor_name(model, name)
+        section = name.partition(".")[0]
+        if section in model.model_fields and document.get(section) is None:
+            document[section] = {}
+    return validate(model, document), tensors
+
+
+def encoded_size(buffers: Iterable[bytes | memoryview]) -> int:
+    """Length in bytes of the body that buffers make up: its Content-Length."""
+    return sum(len(buffer) for buffer in buffers)

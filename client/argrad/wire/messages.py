@@ -1,0 +1,192 @@
+"""The documents that travel between client and service (protocol 1), without their tensors.
+
+A message is a pair: one of these documents, and a dict of tensors with dotted names
+(`problem.Q`, `upstream.z`, `report.gap`). The codecs beside this file write the pair either as one
+JSON document, with the tensors as nested lists in their places, or as a safetensors file whose
+`__metadata__` holds the document. `tensor_sections` says, for each model, which objects of the
+document hold tensors and which names in them do not.
+
+Shapes, with B problems in the batch and k cotangents: every tensor of a reply has the batch
+dimension exactly if some parameter of the problem has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+PROTOCOL: Final = 1
+TensorMap = dict[str, Tensor]
+
+Gradients = Literal["full", "adjoint"]
+FailedGradients = Literal["nan", "zero"]
+
+Section = Mapping[str, frozenset[str]]
+_TENSORS_ONLY: frozenset[str] = frozenset()
+
+
+class Message(BaseModel):
+    """What every document has: no unknown field, no silent conversion, a protocol number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    tensor_sections: ClassVar[Section] = {}
+
+
+class ProblemDocument(Message):
+    """`problem`: its kind; the parameters travel as tensors beside it.
+
+    `qp` takes Q q G h A b and the bounds lb ub; `qp_two_sided` takes P q A l u.
+    """
+
+    kind: Literal["qp", "qp_two_sided"] = "qp"
+
+
+class SolverDocument(Message):
+    """`solver`: who solves, and how exactly.
+
+    Args:
+        name: A solver of `GET /v1/solvers`, or `auto`.
+        tolerance: Bound on the scaled KKT residuals at which a problem counts as optimal.
+        max_iterations: Bound on the iterations of one problem.
+    """
+
+    name: str = "auto"
+    tolerance: Annotated[float, Field(ge=1e-12, le=1e-1)] = 1e-8
+    max_iterations: Annotated[int, Field(ge=1, le=10_000)] = 100
+
+
+class DifferentiationDocument(Message):
+    """`differentiation`: the method that forms the adjoint, by name, or `auto`."""
+
+    method: str = "auto"
+
+
+class GradientOptions(Message):
+    """What /v1/solve (with `upstream`) and /v1/vjp may say of the gradients.
+
+    Args:
+        wrt: Parameters whose gradients are wanted; by default every one that the problem has.
+        gradients: `full` forms them on the server; `adjoint` returns `adjoint: {z, nu, mu}`, from
+            which whoever holds the solution forms them by outer products.
+        failed_gradients: What stands where a problem has no gradient. `nan` marks it, in the sum
+            over a shared parameter too; `zero` leaves the problem out of the sum.
+    """
+
+    differentiation: DifferentiationDocument = DifferentiationDocument()
+    wrt: Annotated[list[str], Field(fail_fast=True)] | None = None
+    gradients: Gradients = "full"
+    failed_gradients: FailedGradients = "nan"
+
+
+class SolveRequest(GradientOptions):
+    """POST /v1/solve. Tensors: `problem.*`; optional `upstream.*` and `warm_start.*`."""
+
+    tensor_sections: ClassVar[Section] = {
+        "problem": frozenset({"kind"}),
+        "upstream": _TENSORS_ONLY,
+        "warm_start": _TENSORS_ONLY,
+    }
+    protocol: Literal[1] = PROTOCOL
+    problem: ProblemDocument = ProblemDocument()
+    solver: SolverDocument = SolverDocument()
+    keep_state: bool | None = None
+
+
+class VjpRequest(GradientOptions):
+    """POST /v1/vjp. Tensors: `upstream.*`; without `state`, `problem.*` and `solution.*` too."""
+
+    tensor_sections: ClassVar[Section] = {
+        "problem": frozenset({"kind"}),
+        "solution": _TENSORS_ONLY,
+        "upstream": _TENSORS_ONLY,
+    }
+    protocol: Literal[1] = PROTOCOL
+    state: str | None = None
+    problem: ProblemDocument | None = None
+    solver: SolverDocument = SolverDocument()
+
+
+class JvpRequest(Message):
+    """POST /v1/jvp. Tensors: `tangents.*`; without `state`, `problem.*` and `solution.*` too."""
+
+    tensor_sections: ClassVar[Section] = {
+        "problem": frozenset({"kind"}),
+        "solution": _TENSORS_ONLY,
+        "tangents": _TENSORS_ONLY,
+    }
+    protocol: Literal[1] = PROTOCOL
+    state: str | None = None
+    problem: ProblemDocument | None = None
+    solver: SolverDocument = SolverDocument()
+    differentiation: DifferentiationDocument = DifferentiationDocument()
+    failed_gradients: FailedGradients = "nan"
+
+
+REPORT_NAMES = frozenset({"solver", "method", "flags"})
+
+
+class ReportDocument(Message):
+    """`report`: how the answer came about.
+
+    Tensors beside it, one number a problem: `iterations`, `primal_residual`, `dual_residual`, `gap`, `objective`.
+
+    Args:
+        solver: Solver that ran.
+        method: Differentiation method that ran; absent if none did.
+        flags: Of each problem: `degenerate`, `dependent`, `nonunique`, `regularised`, …
+    """
+
+    solver: str
+    method: str | None = None
+    flags: list[str] | list[list[str]] = []
+
+
+class GradientReply(Message):
+    """What a reply with gradients says of them; tensors `gradients.*` or `adjoint.*`.
+
+    Args:
+        gradient_status: Of each problem `ok`, or why it has no gradient.
+    """
+
+    gradient_status: str | list[str] | None = None
+
+
+class SolveReply(GradientReply):
+    """Reply of /v1/solve. Tensors: `solution.*`, `report.*`, and `gradients.*` or `adjoint.*`."""
+
+    tensor_sections: ClassVar[Section] = {
+        "solution": _TENSORS_ONLY,
+        "report": REPORT_NAMES,
+        "gradients": _TENSORS_ONLY,
+        "adjoint": _TENSORS_ONLY,
+    }
+    protocol: Literal[1] = PROTOCOL
+    status: str | list[str]
+    report: ReportDocument
+    state: str | None = None
+    timings_ms: dict[str, float] = {}
+
+
+class VjpReply(GradientReply):
+    """Reply of /v1/vjp. Tensors: `gradients.*` or `adjoint.*`."""
+
+    tensor_sections: ClassVar[Section] = {
+        "report": REPORT_NAMES,
+        "gradients": _TENSORS_ONLY,
+        "adjoint": _TENSORS_ONLY,
+    }
+    protocol: Literal[1] = PROTOCOL
+    report: ReportDocument
+    timings_ms: dict[str, float] = {}
+
+
+class JvpReply(GradientReply):
+    """Reply of /v1/jvp. Tensors: `tangents.*`, tangents of the solution."""
+
+    tensor_sections: ClassVar[Section] = {"report": REPORT_NAMES, "tangents": _TENSORS_ONLY}
+    protocol: Literal[1] = PROTOCOL
+    report: ReportDocument
+    timings_ms: dict[str, float] = {}

@@ -1,0 +1,77 @@
+"""Which of the two body formats a Content-Type or an Accept header means (RFC 9110, 8.3 and 12.5.1)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from argrad.wire.errors import NotAcceptableError, UnsupportedMediaTypeError
+
+JSON = "application/json"
+SAFETENSORS = "application/x-safetensors"
+FORMATS = (SAFETENSORS, JSON)
+_WANTED = " or ".join(FORMATS)
+
+
+@lru_cache(maxsize=128)
+def body_format(content_type: str | None) -> str:
+    """Read a Content-Type header.
+
+    Returns:
+        `JSON` or `SAFETENSORS`.
+
+    Raises:
+        UnsupportedMediaTypeError: the header is missing, or names another type or a charset other than UTF-8.
+    """
+    if content_type is None or not content_type.strip():
+        raise UnsupportedMediaTypeError("Content-Type", "no such header", _WANTED)
+    media_type, parameters = _parse(content_type)
+    charset = parameters.get("charset", "utf-8").lower()
+    if media_type not in FORMATS or charset not in ("utf-8", "utf8", "us-ascii"):
+        raise UnsupportedMediaTypeError("Content-Type", repr(content_type), _WANTED)
+    return media_type
+
+
+@lru_cache(maxsize=128)
+def reply_format(accept: str | None, *, default: str) -> str:
+    """Choose the format of a reply.
+
+    Args:
+        accept: The Accept header; None, or one that likes both formats equally, leaves the choice to `default`.
+        default: `JSON` or `SAFETENSORS`; for a reply, the format of the request.
+
+    Returns:
+        `JSON` or `SAFETENSORS`, whichever the header weighs more.
+
+    Raises:
+        NotAcceptableError: the header excludes both, or a weight in it is not a number from 0 to 1.
+    """
+    if accept is None or not accept.strip():
+        return default
+    weights: dict[str, float] = {}
+    for part in filter(str.strip, accept.split(",")):
+        media_range, parameters = _parse(part)
+        weights[media_range] = _weight(accept, parameters.get("q", "1"))
+    # A range that says more about a type overrules one that says less, whatever their weights.
+    quality = {
+        name: next((weights[key] for key in (name, "application/*", "*/*") if key in weights), 0.0) for name in FORMATS
+    }
+    best = max(FORMATS, key=lambda name: (quality[name], name == default))
+    if quality[best] <= 0.0:
+        raise NotAcceptableError("Accept", repr(accept), _WANTED)
+    return best
+
+
+def _parse(header: str) -> tuple[str, dict[str, str]]:
+    media_type, *parts = (part.strip() for part in header.split(";"))
+    pairs = (part.partition("=") for part in parts)
+    return media_type.lower(), {key.strip().lower(): value.strip().strip('"') for key, _, value in pairs}
+
+
+def _weight(accept: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0.0 <= weight <= 1.0:
+        raise NotAcceptableError("Accept", repr(accept), "weights q from 0 to 1")
+    return weight

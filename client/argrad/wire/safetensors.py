@@ -1,0 +1,197 @@
+"""The safetensors layout, checked and without copies.
+
+    8 bytes         N, the length of the header, little-endian
+    N bytes         JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {text: text}}
+    the rest        the tensors' bytes, contiguous, C order, little-endian, without gaps
+
+The header is padded with spaces so that the data begin at a multiple of 64, and wider dtypes come first: so every
+tensor is aligned in a buffer that is. Files of the `safetensors` package are read, and it reads ours.
+Format: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+import torch
+from torch import Tensor
+
+from argrad.errors import ProblemError
+from argrad.wire.documents import field_name, in_words, parse_strictly
+from argrad.wire.errors import UnreadableBodyError
+
+MAX_HEADER_BYTES = 1 << 20
+"""Default cap on the header of a body that is read, document included."""
+
+_ALIGNMENT = 64
+_METADATA = "__metadata__"
+_MAX_RANK = 8
+_MAX_ELEMENTS = 1 << 53
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_WANTED_DTYPES = "F64 or F32 (I64 for counts)"
+
+Buffers = list[bytes | memoryview]
+Entry = tuple[int, int, torch.dtype, list[int]]  # begin, end, dtype, shape
+
+
+def write(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Buffers:
+    """Lay tensors out as a safetensors file.
+
+    Args:
+        metadata: Text by name, kept in the header.
+        tensors: float64, float32 or int64. A tensor on another device, or one that is not contiguous, is copied to
+            the host; any other is not copied, and must not be changed before the buffers are sent.
+
+    Returns:
+        Header, then one view a tensor that is not empty; the file is their concatenation.
+
+    Raises:
+        ProblemError: a tensor has another dtype.
+    """
+    header: dict[str, Any] = {_METADATA: metadata}
+    buffers: Buffers = [b""]
+    offset = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        dtype = _NAMES.get(tensor.dtype)
+        if dtype is None:
+            raise ProblemError(name, f"dtype {tensor.dtype}", "torch.float64 or torch.float32")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": dtype, "shape": tuple(tensor.shape), "data_offsets": (offset, end)}
+        if end > offset:
+            array: Any = tensor.detach().cpu().contiguous().numpy()
+            buffers.append(memoryview(array).cast("B"))
+        offset = end
+    text = orjson.dumps(header)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    buffers[0] = len(text).to_bytes(8, "little") + text
+    return buffers
+
+
+def read(
+    body: bytes | bytearray | memoryview, *, max_header_bytes: int = MAX_HEADER_BYTES
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read a safetensors file without copying its data.
+
+    Args:
+        body: The whole file. The tensors are views of it and keep it alive; a body that cannot be written to (`bytes`)
+            is copied first, because torch would let its tensors be changed in place.
+        max_header_bytes: A longer header is not parsed.
+
+    Returns:
+        Metadata, and the tensors by name.
+
+    Raises:
+        UnreadableBodyError: the body is truncated, or its header is too long, not JSON, or lies about the data.
+        ProblemError: a tensor in half precision.
+    """
+    view = memoryview(body)
+    header, start = _read_header(view, max_header_bytes)
+    metadata = _check_metadata(header.pop(_METADATA, {}))
+    entries = {name: _check_entry(name, entry) for name, entry in header.items()}
+    _check_coverage(entries, len(view) - start)
+    data = bytearray(view) if view.readonly else body
+    return metadata, {name: _view(data, start, entry) for name, entry in entries.items()}
+
+
+def _read_header(view: memoryview, max_header_bytes: int) -> tuple[dict[str, Any], int]:
+    if len(view) < 8:
+        raise UnreadableBodyError("body", f"{len(view)} bytes", "at least the 8 bytes of the header's length")
+    length = int.from_bytes(view[:8], "little")
+    if length > max_header_bytes:
+        raise UnreadableBodyError("header length", f"{length} bytes", f"at most {max_header_bytes}")
+    start = 8 + length
+    if start > len(view):
+        raise UnreadableBodyError("body", f"{len(view)} bytes", f"at least {start}, as the header's length says")
+    header = parse_strictly("header", bytes(view[8:start]))
+    if not isinstance(header, dict):
+        raise UnreadableBodyError("header", in_words(header), "a JSON object")
+    return header, start
+
+
+def _check_metadata(metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise UnreadableBodyError(_METADATA, in_words(metadata), "an object of strings")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise UnreadableBodyError(f"{_METADATA}.{field_name(key)}", in_words(value), "a string")
+    return metadata
+
+
+def _check_entry(name: str, entry: object) -> Entry:
+    """One line of the header, checked by itself: its dtype and shape need exactly the bytes of its offsets."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        found = f"the members {', '.join(map(field_name, entry))}" if isinstance(entry, dict) else in_words(entry)
+        raise UnreadableBodyError(field_name(name), found, "an object of dtype, shape and data_offsets")
+    dtype = _check_dtype(name, entry["dtype"])
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    elements = _count(shape)
+    if elements is None:
+        wanted = f"at most {_MAX_RANK} integers that are not negative, and at most {_MAX_ELEMENTS} elements"
+        raise UnreadableBodyError(field_name(name), f"shape {_numbers(shape)}", wanted)
+    begin, end = offsets if isinstance(offsets, list) and len(offsets) == 2 else (None, None)
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+        wanted = "[begin, end] with 0 <= begin <= end"
+        raise UnreadableBodyError(field_name(name), f"data_offsets {_numbers(offsets)}", wanted)
+    if end - begin != elements * dtype.itemsize:
+        found = f"data_offsets {_numbers(offsets)}"
+        wanted = f"{elements * dtype.itemsize} bytes, as dtype {_NAMES[dtype]} and shape {_numbers(shape)} need"
+        raise UnreadableBodyError(field_name(name), found, wanted)
+    return begin, end, dtype, shape
+
+
+def _check_dtype(name: str, dtype: object) -> torch.dtype:
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    if dtype in ("F16", "BF16"):
+        raise ProblemError(field_name(name), f"dtype {dtype}", f"{_WANTED_DTYPES}; half precision is refused")
+    raise UnreadableBodyError(field_name(name), f"dtype {in_words(dtype)}", _WANTED_DTYPES)
+
+
+def _count(shape: object) -> int | None:
+    """Number of elements; None where these are not sizes, or so many that 64 bits could overflow."""
+    if not isinstance(shape, list) or len(shape) > _MAX_RANK:
+        return None
+    product = nonzero = 1
+    for size in shape:
+        if type(size) is not int or size < 0:
+            return None
+        product *= size
+        nonzero *= size or 1
+    return product if nonzero <= _MAX_ELEMENTS else None
+
+
+def _numbers(value: object) -> str:
+    """A list of the header as messages print it."""
+    if not isinstance(value, list):
+        return in_words(value)
+    return f"[{', '.join(map(in_words, value[:_MAX_RANK]))}{', …' if len(value) > _MAX_RANK else ''}]"
+
+
+def _check_coverage(entries: Mapping[str, Entry], size: int) -> None:
+    """The tensors in the order of their offsets must cover the data exactly: no overlap, no gap, nothing beyond."""
+    expected = 0
+    for begin, end, name in sorted((begin, end, name) for name, (begin, end, _, _) in entries.items()):
+        if begin != expected:
+            found = f"{'an overlap' if begin < expected else 'a gap'} at data_offsets [{begin}, {end}]"
+            wanted = f"data_offsets [{expected}, …], where the tensor before it ends"
+            raise UnreadableBodyError(field_name(name), found, wanted)
+        if end > size:
+            wanted = f"an end within the {size} bytes of data"
+            raise UnreadableBodyError(field_name(name), f"data_offsets [{begin}, {end}]", wanted)
+        expected = end
+    if expected != size:
+        raise UnreadableBodyError("body", f"{size} bytes of data", f"{expected}, as the header's tensors cover")
+
+
+def _view(data: bytes | bytearray | memoryview, start: int, entry: Entry) -> Tensor:
+    begin, end, dtype, shape = entry
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    tensor = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin)
+    if tensor.data_ptr() % dtype.itemsize:
+        # Another writer's layout: a copy of its own is aligned, which vectorised kernels rely on.
+        tensor = torch.frombuffer(bytearray(memoryview(data)[start + begin : start + end]), dtype=dtype)
+    return tensor if len(shape) == 1 else tensor.view(shape)

@@ -1,0 +1,1 @@
+"""The argrad service: solves batches of optimisation problems and serves their gradients."""

@@ -1,0 +1,151 @@
+"""The application: everything is made and wired here, and nothing is read at import."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+from argrad._version import __version__
+from argrad.wire.messages import SolveRequest
+from argrad_service import engine as default_engine
+from argrad_service.admission import Limits
+from argrad_service.engine.outcome import Stopped, never_stop
+from argrad_service.http import openapi
+from argrad_service.http.envelope import Envelope
+from argrad_service.http.exchange import OWNER, Exchange
+from argrad_service.http.health import Readiness
+from argrad_service.http.logs import Logger, make_logger
+from argrad_service.http.metrics import Metrics
+from argrad_service.http.problems import KINDS, answer
+from argrad_service.http.routes import add_routes
+from argrad_service.operations import Engine, Operations
+from argrad_service.scheduling import Job, Pending, PendingLimits, Scheduler
+from argrad_service.settings import Settings, load_settings
+from argrad_service.state import MemoryStateStore, StateStore, TokenSigner
+
+_CODEC_THREADS = 2
+_STOP_TIMEOUT_S = 5.0
+_SWEEP_PERIOD_S = 15.0
+
+
+def create_app(
+    settings: Settings | None = None,
+    *,
+    engine: Engine = default_engine,
+    store: StateStore | None = None,
+    log: Logger | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> FastAPI:
+    """Build the service.
+
+    Args:
+        settings: From the environment by default.
+        engine: Solves and differentiates.
+        store: Keeps forward state; in memory by default.
+        log: Structured logger; by default to standard error as the settings say.
+        clock: Monotonic seconds, for the state store.
+
+    Raises:
+        SettingsError: a variable has a wrong value.
+    """
+    settings = settings or load_settings()
+    log = log or make_logger(settings)
+    device = choose_device(settings, engine)
+    store = store or MemoryStateStore(
+        budget_bytes=settings.state_budget_bytes,
+        ttl_s=settings.state_ttl_s,
+        signer=TokenSigner(settings.state_secret.get_secret_value()),
+        clock=clock,
+    )
+    scheduler = Scheduler(threads=settings.solver_threads, max_queue=settings.max_queue, stopped=(Stopped,))
+    pending = Pending(PendingLimits(calls=settings.max_pending, nbytes=settings.max_pending_bytes))
+    operations = Operations(engine=engine, store=store, limits=settings.limits(), device=device)
+    readiness = Readiness(scheduler, store, str(device))
+    metrics = Metrics(scheduler=scheduler, pending=pending, store=store)
+    codecs = ThreadPoolExecutor(_CODEC_THREADS, thread_name_prefix="argrad-codec")
+    exchange = Exchange(settings, operations, scheduler, pending, codecs)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        scheduler.start()
+        unlimited = Operations(engine=engine, store=store, limits=Limits(), device=device)
+        tasks = [
+            asyncio.create_task(_warm_up(unlimited, scheduler, readiness, log)),
+            asyncio.create_task(_sweep(store)),
+        ]
+        try:
+            yield
+        finally:
+            readiness.phase = "stopping"
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.to_thread(scheduler.stop, _STOP_TIMEOUT_S)
+            codecs.shutdown(wait=False, cancel_futures=True)
+            store.clear()
+
+    app = FastAPI(
+        title="argrad",
+        version=__version__,
+        description="Gradients of optimisation problems, served.",
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.readiness = readiness
+    add_routes(app, exchange, readiness, metrics)
+    app.add_middleware(Envelope, metrics=metrics, log=log)
+    handled: list[type[Exception]] = [HTTPException, *KINDS]
+    for error in handled:
+        app.add_exception_handler(error, answer)
+    app.openapi = functools.partial(openapi.document, app)  # type: ignore[method-assign]
+    return app
+
+
+def choose_device(settings: Settings, engine: Engine = default_engine) -> torch.device:
+    """Where problems are solved."""
+    return engine.default_device() if settings.device == "auto" else torch.device(settings.device)
+
+
+async def _warm_up(operations: Operations, scheduler: Scheduler, readiness: Readiness, log: Logger) -> None:
+    """Solve and differentiate one problem of each shape that takes a path of its own, then say that we are ready."""
+    began = time.perf_counter()
+    try:
+        for rows in (1, 4):
+            job = scheduler.submit(functools.partial(_solve_small, operations, rows), deadline=float("inf"))
+            await job.future
+    except Exception as error:
+        readiness.phase, readiness.reason = "failed", f"the first solve failed: {error}"
+        log.error("not ready", reason=readiness.reason, exc_info=error)
+    else:
+        readiness.phase = "ready"
+        log.info("ready", device=readiness.device, seconds=round(time.perf_counter() - began, 3))
+
+
+def _solve_small(operations: Operations, rows: int, _: Job[None]) -> None:
+    """Two variables and `rows` inequalities, forward and backward."""
+    Q = torch.eye(2, dtype=torch.float64)
+    tensors = {
+        "problem.Q": Q,
+        "problem.q": Q.new_ones(2),
+        "problem.G": Q.new_ones(rows, 2),
+        "problem.h": Q.new_ones(rows),
+        "upstream.z": Q.new_ones(2),
+    }
+    operations.prepare_solve(SolveRequest(), tensors, owner=OWNER)(never_stop, {})
+
+
+async def _sweep(store: StateStore) -> None:
+    """Free expired state even where nobody calls."""
+    while True:
+        await asyncio.sleep(_SWEEP_PERIOD_S)
+        store.sweep()

@@ -1,0 +1,168 @@
+"""How outcomes of the engine become replies: the caller's blocks, dtype, device and batch dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from argrad.errors import ProblemError
+from argrad.problems import Adjoint, Form, Solution, Status, check_finite, check_names
+from argrad.wire.messages import FailedGradients, GradientOptions, ReportDocument, TensorMap
+from argrad_service.engine.outcome import Backward, Forward, Tangents
+
+Point = TypeVar("Point", Solution, Adjoint)
+_OK = "ok"
+_AT_A_POINT = frozenset({"lam_lb", "lam_ub"})
+"""Blocks whose cotangents mean something else where the point is another (variables fixed by lb = ub)."""
+
+
+class Cotangent:
+    """The caller's cotangents of the solution, checked.
+
+    A cotangent that is not finite is refused, but only once it is known that its problem has a gradient: the
+    loss of a failed problem is NaN, and so is what autograd makes of it.
+
+    Args:
+        form: The problem.
+        given: Cotangents by the caller's names, `(B, ·)` or `(k, B, ·)`, without B where nothing is batched.
+
+    Raises:
+        ProblemError: a name or a shape does not fit.
+    """
+
+    def __init__(self, form: Form, given: Mapping[str, Tensor]) -> None:
+        self._form, self._given = form, given
+        self._needs_point = not _AT_A_POINT.isdisjoint(given)
+        self._checked = form.upstream(given, _placeholder(form) if self._needs_point else None)
+        self._is_finite = all(bool(torch.isfinite(tensor.sum())) for tensor in given.values())
+
+    def canonical(self, forward: Forward) -> dict[str, Tensor]:
+        """The cotangents of z, ν, λ and s at an outcome; zero for problems that have no gradient.
+
+        Raises:
+            ProblemError: a cotangent of a problem with a solution is not finite.
+        """
+        if self._is_finite and not self._needs_point:
+            return self._checked
+        given = self._given if self._is_finite else self._cleaned(forward.status)
+        return self._form.upstream(given, _on_caller(self._form, forward.solution))
+
+    def _cleaned(self, status: Sequence[Status]) -> dict[str, Tensor]:
+        is_usable = torch.tensor([word == Status.OPTIMAL for word in status])
+        mask = is_usable[0] if self._form.batch_size is None else is_usable.unsqueeze(-1)
+        cleaned = {name: torch.where(mask.to(t.device), t, torch.zeros_like(t)) for name, t in self._given.items()}
+        for name, tensor in cleaned.items():
+            check_finite(f"upstream.{name}", tensor)
+        return cleaned
+
+
+def cotangent_count(form: Form, given: Mapping[str, Tensor]) -> int:
+    """K, by the cotangent with the most dimensions; 0 without cotangents."""
+    plain = 1 if form.batch_size is None else 2
+    return max((tensor.shape[0] if tensor.ndim > plain else 1 for tensor in given.values()), default=0)
+
+
+def wanted_gradients(options: GradientOptions, form: Form) -> list[str]:
+    """Names of the parameters whose gradients are wanted.
+
+    Raises:
+        ProblemError: a name is not a parameter of the problem, or is there twice.
+    """
+    if options.wrt is None:
+        return list(form.names)
+    check_names("wrt", options.wrt, form.names)
+    if len(set(options.wrt)) != len(options.wrt):
+        raise ProblemError("wrt", f"a name twice in {options.wrt}", "each name once")
+    return options.wrt
+
+
+def solved(form: Form, forward: Forward) -> TensorMap:
+    """`solution.*` and `report.*`."""
+    blocks = form.solution(_on_caller(form, forward.solution))
+    return _named("solution", blocks, form) | report_tensors(form, forward)
+
+
+def report_tensors(form: Form, forward: Forward) -> TensorMap:
+    """`report.*`: one number a problem; float64 whatever the caller's dtype, iterations int64."""
+    names = ("iterations", "primal_residual", "dual_residual", "gap", "objective")
+    numbers = {f"report.{name}": getattr(forward, name) for name in names}
+    if form.batch_size is None:
+        return {name: tensor[0] for name, tensor in numbers.items()}
+    return numbers
+
+
+def report(form: Form, forward: Forward, differentiated: Backward | Tangents | None) -> ReportDocument:
+    """`report` without its tensors; flags of the solution and of its differentiation together."""
+    flags = [[flag.value for flag in found] for found in forward.flags]
+    if differentiated is not None:
+        for found, more in zip(flags, differentiated.flags, strict=True):
+            found += [flag.value for flag in more if flag.value not in found]
+    return ReportDocument(
+        solver=forward.solver,
+        method=None if differentiated is None else differentiated.method,
+        flags=flags[0] if form.batch_size is None else flags,
+    )
+
+
+def per_problem(form: Form, values: Sequence[str]) -> str | list[str]:
+    """One string for each problem, or the only one where nothing is batched."""
+    words = [str(value) for value in values]
+    return words[0] if form.batch_size is None else words
+
+
+def gradient_status(form: Form, differentiated: Backward | Tangents | None) -> str | list[str] | None:
+    """Of each problem `ok`, or why it has no gradient."""
+    return None if differentiated is None else per_problem(form, differentiated.gradient_status)
+
+
+def gradients(
+    form: Form, forward: Forward, backward: Backward, options: GradientOptions, wrt: Sequence[str]
+) -> TensorMap:
+    """`gradients.*` or `adjoint.*`, with `failed_gradients` where a problem has none."""
+    solution, adjoint = _on_caller(form, forward.solution), _on_caller(form, backward.adjoint)
+    is_failed = [status != _OK for status in backward.gradient_status]
+    if options.failed_gradients == "zero" and any(is_failed):
+        # The last iterate of a failed problem may be infinite, and 0·∞ is not 0.
+        solution = Solution(**_zeroed(solution.blocks(), is_failed))
+        adjoint = Adjoint(**_zeroed(adjoint.blocks(), is_failed))
+    if options.gradients == "adjoint":
+        return _named("adjoint", form.adjoint(adjoint, solution), form)
+    return _named("gradients", form.gradients(solution, adjoint, wrt), form)
+
+
+def tangents(form: Form, forward: Forward, outcome: Tangents, failed: FailedGradients) -> TensorMap:
+    """`tangents.*` of the solution, with `failed_gradients` where a problem has none."""
+    blocks, is_failed = (
+        _on_caller(form, outcome.solution).blocks(),
+        [status != _OK for status in outcome.gradient_status],
+    )
+    if failed == "zero" and any(is_failed):
+        blocks = _zeroed(blocks, is_failed)
+    solution = _on_caller(form, forward.solution)
+    return _named("tangents", form.solution_tangents(Solution(**blocks), solution), form)
+
+
+def _on_caller(form: Form, point: Point) -> Point:
+    """A solution or an adjoint on the device of the caller's tensors."""
+    return type(point)(**{name: tensor.to(form.problem.device) for name, tensor in point.blocks().items()})
+
+
+def _placeholder(form: Form) -> Solution:
+    """A point to check cotangents against before there is a solution."""
+    problem, batch = form.problem, form.batch_size or 1
+    sizes = {"z": problem.n, "nu": problem.p, "lam": problem.m, "s": problem.m}
+    return Solution(**{name: problem.q.new_zeros(batch, size) for name, size in sizes.items()})
+
+
+def _zeroed(blocks: Mapping[str, Tensor], is_failed: Sequence[bool]) -> dict[str, Tensor]:
+    """Blocks `(…, B, ·)` with the rows of failed problems zero."""
+    mask = torch.tensor(is_failed).unsqueeze(-1)
+    return {name: torch.where(mask.to(t.device), torch.zeros_like(t), t) for name, t in blocks.items()}
+
+
+def _named(section: str, blocks: Mapping[str, Tensor], form: Form) -> TensorMap:
+    device, dtype = form.problem.device, form.problem.dtype
+    return {f"{section}.{name}": tensor.to(device=device, dtype=dtype) for name, tensor in blocks.items()}

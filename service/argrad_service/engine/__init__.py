@@ -1,0 +1,144 @@
+"""The engine: batches of optimisation problems in, solutions and their derivatives out.
+
+Knows nothing of HTTP, Redis or event loops. Every function takes and returns tensors with one batch dimension; a
+problem without one counts as a batch of one. Data are converted to float64 on the engine's device; whoever calls
+rounds the result to the dtype that the caller sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from argrad.problems import QP, Solution
+from argrad_service.engine.data import Data, matvec, stack
+from argrad_service.engine.finish import Guess
+from argrad_service.engine.outcome import Backward, Forward, SolverOptions, Stopped, Tangents
+from argrad_service.engine.point import point_of
+from argrad_service.engine.registry import describe as solvers
+from argrad_service.engine.registry import find_method, find_solver
+from argrad_service.engine.solution import conclude
+
+__all__ = [
+    "Backward",
+    "Forward",
+    "SolverOptions",
+    "Stopped",
+    "Tangents",
+    "at_point",
+    "default_device",
+    "jvp",
+    "solve",
+    "solvers",
+    "vjp",
+]
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, the CPU otherwise."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def solve(
+    problem: QP,
+    *,
+    solver: str = "auto",
+    options: SolverOptions | None = None,
+    warm_start: Solution | None = None,
+    device: torch.device | None = None,
+) -> Forward:
+    """Solve a batch of problems.
+
+    Args:
+        problem: Finite data (`QP.check_finite`), any device; float32 is solved in float64.
+        solver: Name of a solver, or `auto`.
+        options: Tolerance, iteration limit, and who asks to stop.
+        warm_start: A point to begin with, such as the last solution of a similar batch; blocks `(B, ·)`.
+        device: Where to solve; by default `default_device()`.
+
+    Returns:
+        Verdict, solution and residuals of each problem. No problem's verdict is an exception, and no problem's failure
+        touches another's result.
+
+    Raises:
+        ProblemError: there is no solver of that name.
+        Stopped: `options.should_stop()` was true between two iterations.
+    """
+    chosen = find_solver(solver)
+    options = options or SolverOptions()
+    problem, data = _prepare(problem, device)
+    warm = None if warm_start is None else _guess(data, warm_start)
+    return conclude(problem, data, chosen.solve(data, options, warm), options, solver=chosen.name)
+
+
+def at_point(
+    problem: QP,
+    solution: Solution,
+    *,
+    options: SolverOptions | None = None,
+    device: torch.device | None = None,
+) -> Forward:
+    """Take a solution that someone else computed, and factor what its derivatives need.
+
+    The active set is read off the point and confirmed by one solve; the outcome holds the exact solution next to it. A
+    problem whose point is not near a solution gets the status `numerical_error` and no gradient.
+
+    Args:
+        problem: As for `solve`.
+        solution: Blocks `(B, ·)`, accurate to about 1e-4 or better.
+        options: Tolerance of the exact solution.
+        device: Where to compute; by default `default_device()`.
+    """
+    options = options or SolverOptions()
+    problem, data = _prepare(problem, device)
+    guess = _guess(data, solution)
+    return conclude(problem, data, point_of(data, guess), options, solver="caller")
+
+
+def vjp(forward: Forward, upstream: Mapping[str, Tensor], *, method: str = "auto") -> Backward:
+    """Pull cotangents of `z`, `nu`, `lam`, `s` back to an adjoint.
+
+    Args:
+        forward: Outcome of `solve` or `at_point`.
+        upstream: Cotangents by name, `(B, ·)` each, or `(k, B, ·)` with one k; absent means zero; at least one.
+        method: Name of a differentiation method, or `auto`.
+
+    Raises:
+        ProblemError: the method does not exist or does not work with the solver.
+    """
+    return find_method(method, forward.solver).vjp(forward, upstream)
+
+
+def jvp(forward: Forward, tangents: Mapping[str, Tensor], *, method: str = "auto") -> Tangents:
+    """Push tangents of the parameters forward to tangents of the solution.
+
+    Args:
+        forward: Outcome of `solve` or `at_point`.
+        tangents: Tangents by parameter name, each shaped like the parameter; absent means zero.
+        method: Name of a differentiation method, or `auto`.
+
+    Raises:
+        ProblemError: the method does not exist or does not work with the solver.
+    """
+    return find_method(method, forward.solver).jvp(forward, tangents)
+
+
+def _prepare(problem: QP, device: torch.device | None) -> tuple[QP, Data]:
+    target = device or default_device()
+    moved = {name: t.detach().to(device=target, dtype=torch.float64) for name, t in problem.parameters().items()}
+    problem = QP(**moved)
+    return problem, stack(problem)
+
+
+def _guess(data: Data, solution: Solution) -> Guess:
+    """The active set of a point: rows whose multiplier outweighs their slack, each relative to its largest."""
+    z, nu, lam = (t.to(data.q) for t in (solution.z, solution.nu, solution.lam))
+    y = torch.cat([nu, lam], dim=1)
+    s = data.h - matvec(data.G, z)
+    lam_size = lam.abs().amax(-1, keepdim=True) if data.m else lam
+    s_size = 1 + data.h.abs()
+    active = torch.ones_like(y, dtype=torch.bool)
+    active[:, data.p :] = lam * s_size > s * torch.where(lam_size > 0, lam_size, 1.0)
+    return Guess(active=active, z=z, y=y)

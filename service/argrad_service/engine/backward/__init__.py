@@ -1,0 +1,1 @@
+"""Differentiation methods, one file each."""

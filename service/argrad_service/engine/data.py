@@ -1,0 +1,174 @@
+"""A batch of QPs as the solvers see it: float64, symmetric, stacked rows, every block present."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from argrad.problems import QP
+
+
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """M x for each problem; M is `(1 or B, r, c)`, x `(B, c)`, the result `(B, r)`."""
+    if matrix.shape[0] == 1:
+        return vector @ matrix[0].transpose(0, 1)
+    return torch.bmm(matrix, vector.unsqueeze(-1)).squeeze(-1)
+
+
+def matvec_t(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Mᵀ y for each problem; M is `(1 or B, r, c)`, y `(B, r)`, the result `(B, c)`."""
+    if matrix.shape[0] == 1:
+        return vector @ matrix[0]
+    return torch.bmm(vector.unsqueeze(-2), matrix).squeeze(-2)
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of each problem, `(B,)`."""
+    return (left * right).sum(-1)
+
+
+def inf_norm(vector: Tensor) -> Tensor:
+    """Largest absolute entry of each problem, `(B,)`; 0 of an empty vector."""
+    if vector.shape[-1] == 0:
+        return vector.new_zeros(vector.shape[:-1])
+    return vector.abs().amax(-1)
+
+
+def take(tensor: Tensor, index: Tensor) -> Tensor:
+    """Rows of a batch; a shared block (leading dimension 1) stays as it is."""
+    return tensor if tensor.shape[0] == 1 else tensor[index]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Data:
+    """½zᵀQz + qᵀz subject to C₁z = d₁ (the first p rows), C₂z ≤ d₂ (the other m).
+
+    Matrices have a leading dimension 1 where they are shared by the batch, vectors always B.
+
+    Args:
+        Q: `(1 or B, n, n)`, symmetric.
+        q: `(B, n)`.
+        C: `(1 or B, p + m, n)`, equalities first.
+        d: `(B, p + m)`, finite: a row that cannot bind (h = +inf) is 0·z ≤ 1.
+        p: Number of equalities.
+    """
+
+    Q: Tensor
+    q: Tensor
+    C: Tensor
+    d: Tensor
+    p: int
+
+    @property
+    def n(self) -> int:
+        """Number of variables."""
+        return self.q.shape[-1]
+
+    @property
+    def m(self) -> int:
+        """Number of inequalities."""
+        return self.d.shape[-1] - self.p
+
+    @property
+    def B(self) -> int:
+        """Number of problems."""
+        return self.q.shape[0]
+
+    @property
+    def A(self) -> Tensor:
+        """Equality rows."""
+        return self.C[:, : self.p]
+
+    @property
+    def G(self) -> Tensor:
+        """Inequality rows."""
+        return self.C[:, self.p :]
+
+    @property
+    def b(self) -> Tensor:
+        """Right-hand sides of the equalities."""
+        return self.d[:, : self.p]
+
+    @property
+    def h(self) -> Tensor:
+        """Right-hand sides of the inequalities."""
+        return self.d[:, self.p :]
+
+    def select(self, index: Tensor) -> Data:
+        """The sub-batch of the problems named by index."""
+        blocks = {f.name: take(getattr(self, f.name), index) for f in fields(self) if f.name not in ("p", "q", "d")}
+        return Data(q=self.q[index], d=self.d[index], p=self.p, **blocks)
+
+
+def stack(problem: QP) -> Data:
+    """Symmetrise Q, stack the rows and make rows with h = +inf inert.
+
+    Args:
+        problem: float64, on the device where it is to be solved.
+    """
+    batch = problem.batch_size or 1
+    n = problem.n
+
+    def matrix(tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            return problem.q.new_zeros(1, 0, n)
+        return tensor.reshape(-1, *tensor.shape[-2:])
+
+    def vector(tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            return problem.q.new_zeros(batch, 0)
+        return tensor.reshape(-1, tensor.shape[-1]).expand(batch, -1)
+
+    Q = matrix(problem.Q)
+    Q = 0.5 * (Q + Q.transpose(1, 2))
+    G, h, A, b = matrix(problem.G), vector(problem.h), matrix(problem.A), vector(problem.b)
+    free = torch.isinf(h)
+    if bool(free.any()):
+        G = torch.where(free.unsqueeze(-1), torch.zeros_like(G), G)
+        h = torch.where(free, torch.ones_like(h), h)
+    if A.shape[1] == 0:
+        C, d = G, h
+    elif G.shape[1] == 0:
+        C, d = A, b
+    else:
+        rows = max(A.shape[0], G.shape[0])
+        C = torch.cat([A.expand(rows, -1, -1), G.expand(rows, -1, -1)], dim=1)
+        d = torch.cat([b, h], dim=1)
+    return Data(Q=Q, q=vector(problem.q), C=C, d=d, p=problem.p)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Residuals:
+    """How far a point is from the KKT conditions, `(B,)` each, in the problem's own units.
+
+    Args:
+        primal: max(‖C₁z − d₁‖∞, ‖(C₂z − d₂)₊‖∞).
+        dual: ‖Qz + q + Cᵀy‖∞.
+        gap: |zᵀQz + qᵀz + dᵀy|.
+        objective: ½zᵀQz + qᵀz.
+        scaled: Largest of the first three, each divided by 1 + the largest of its terms.
+    """
+
+    primal: Tensor
+    dual: Tensor
+    gap: Tensor
+    objective: Tensor
+    scaled: Tensor
+
+
+def residuals(data: Data, z: Tensor, y: Tensor) -> Residuals:
+    """Judge a point z `(B, n)` with multipliers y = [ν; λ] `(B, p + m)`, λ ≥ 0."""
+    Qz, Cz, Cty = matvec(data.Q, z), matvec(data.C, z), matvec_t(data.C, y)
+    violation = Cz - data.d
+    violation = torch.cat([violation[:, : data.p].abs(), violation[:, data.p :].clamp(min=0)], dim=1)
+    primal, dual = inf_norm(violation), inf_norm(Qz + data.q + Cty)
+    zQz, qz, dy = dot(z, Qz), dot(data.q, z), dot(data.d, y)
+    gap = (zQz + qz + dy).abs()
+    primal_scale = 1 + torch.maximum(inf_norm(Cz), inf_norm(data.d))
+    dual_scale = 1 + torch.maximum(torch.maximum(inf_norm(Qz), inf_norm(data.q)), inf_norm(Cty))
+    gap_scale = 1 + torch.maximum(torch.maximum(zQz.abs(), qz.abs()), dy.abs())
+    scaled = torch.maximum(torch.maximum(primal / primal_scale, dual / dual_scale), gap / gap_scale)
+    scaled = torch.nan_to_num(scaled, nan=torch.inf)
+    return Residuals(primal=primal, dual=dual, gap=gap, objective=0.5 * zQz + qz, scaled=scaled)

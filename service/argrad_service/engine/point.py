@@ -1,0 +1,89 @@
+"""What a forward solver hands on: a point and an active set of each problem, before the exact solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from argrad.problems import Status
+from argrad_service.engine.data import Data, residuals
+from argrad_service.engine.finish import Guess, PrimalCandidates, find_active_set
+from argrad_service.engine.semidefinite import cholesky_or_none
+
+STATUSES = tuple(Status)
+"""Statuses by code."""
+
+CODE = {status: code for code, status in enumerate(STATUSES)}
+"""Codes by status."""
+
+NONCONVEX = 1e-9
+"""Q is convex if it is positive semidefinite up to this, relative to its largest diagonal entry."""
+
+NEAR = 1e-4
+"""Scaled KKT residual up to which a caller's point counts as a solution."""
+
+_ROUNDS = 3
+
+
+@dataclass(kw_only=True, eq=False)
+class Point:
+    """What was found for each problem of a batch.
+
+    Args:
+        active: `(B, p + m)`, rows that hold with equality; equalities always.
+        z: `(B, n)`, primal point before the exact solve.
+        y: `(B, p + m)`, multipliers [ν; λ] before the exact solve.
+        iterations: `(B,)`.
+        status: `(B,)`, indices into `STATUSES`.
+        is_exact: `(B,)`, whether the active set was confirmed by the finish.
+        lower: Cholesky factors of Q, `(1 or B, n, n)`, where all are definite.
+    """
+
+    active: Tensor
+    z: Tensor
+    y: Tensor
+    iterations: Tensor
+    status: Tensor
+    is_exact: Tensor
+    lower: Tensor | None = None
+
+
+def unsolved(data: Data) -> Point:
+    """The point before anything is known: no inequality active, `max_iterations` everywhere."""
+    active = torch.zeros(data.B, data.d.shape[1], dtype=torch.bool, device=data.q.device)
+    active[:, : data.p] = True
+    return Point(
+        active=active,
+        z=data.q.new_zeros(data.B, data.n),
+        y=data.q.new_zeros(data.B, data.d.shape[1]),
+        iterations=torch.zeros(data.B, dtype=torch.int64, device=data.q.device),
+        status=torch.full((data.B,), CODE[Status.MAX_ITERATIONS], device=data.q.device),
+        is_exact=torch.zeros(data.B, dtype=torch.bool, device=data.q.device),
+    )
+
+
+def factor_convex(Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cholesky factors of Q `(1 or B, n, n)`; which matrices are definite, and which convex at all, `(1 or B,)`."""
+    lower, is_definite = cholesky_or_none(Q)
+    if bool(is_definite.all()):
+        return lower, is_definite, is_definite
+    diagonal = Q.diagonal(dim1=1, dim2=2)
+    shift = NONCONVEX * Q.abs().amax((1, 2)).clamp(min=torch.finfo(Q.dtype).tiny).unsqueeze(-1)
+    _, info = torch.linalg.cholesky_ex(Q + torch.diag_embed(shift.expand_as(diagonal)))
+    return lower, is_definite, is_definite | (info == 0)
+
+
+def point_of(data: Data, guess: Guess) -> Point:
+    """The point of a caller's solution: its active set, confirmed or corrected by a few candidate solves."""
+    point = unsolved(data)
+    lower, is_definite, is_convex = factor_convex(data.Q)
+    point.lower = lower if bool(is_definite.all()) else None
+    is_near = residuals(data, guess.z, guess.y).scaled <= NEAR
+    active, is_found = find_active_set(guess, data.p, PrimalCandidates(data, point.lower), rounds=_ROUNDS)
+    point.active = torch.where(is_found.unsqueeze(-1), active, guess.active)
+    point.z, point.y, point.is_exact = guess.z, guess.y, is_found
+    code = torch.where(is_near, CODE[Status.OPTIMAL], CODE[Status.NUMERICAL_ERROR])
+    point.status = torch.where(is_convex, code, CODE[Status.NONCONVEX])
+    return point

@@ -1,0 +1,134 @@
+"""From a solver's point to the outcome that the engine returns: exact solution, factor, flags, residuals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from argrad.problems import QP, Flag, Solution, Status
+from argrad_service.engine.active_set import ActiveSetFactor, factor_active_set
+from argrad_service.engine.data import Data, inf_norm, matvec, residuals
+from argrad_service.engine.finish import Guess, solve_on_active_set
+from argrad_service.engine.outcome import Forward, SolverOptions
+from argrad_service.engine.point import CODE, STATUSES, Point
+
+WEAK = 1e-10
+"""τ: a row with λ ≤ τ‖λ‖∞ and s ≤ τ(1 + |h|) is weakly active (math: the map is not differentiable there)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KKTFactor:
+    """What `kkt` differentiation reuses of a forward solve.
+
+    Args:
+        factor: KKT system of the strongly active rows.
+        is_optimal: `(B,)`, problems that have a solution to differentiate.
+        is_weak: `(B,)`, problems with weakly active rows.
+    """
+
+    factor: ActiveSetFactor
+    is_optimal: Tensor
+    is_weak: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the stacked rows of the problem included."""
+        data = self.factor.data
+        return self.factor.nbytes + sum(t.untyped_storage().nbytes() for t in (data.Q, data.C, data.q, data.d))
+
+
+def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, solver: str) -> Forward:
+    """Solve the KKT system of the active set that the solver found, and judge the result.
+
+    Args:
+        problem: The problem as the caller stated it, float64, on the engine's device.
+        data: The same in stacked rows.
+        point: What the solver found.
+        options: Tolerance that an optimal problem meets.
+        solver: Name of the solver that ran.
+    """
+    is_optimal = point.status == CODE[Status.OPTIMAL]
+    active = point.active & (is_optimal.unsqueeze(-1) | _equalities(data))
+    factor = factor_active_set(data, active, lower=point.lower)
+    z, y, _ = solve_on_active_set(factor, Guess(active=active, z=point.z, y=point.y))
+    y[:, data.p :].clamp_(min=0)
+    judged = residuals(data, z, y)
+    is_regularised = torch.zeros_like(is_optimal)
+    status = point.status
+    if not bool((is_optimal & (judged.scaled <= options.tolerance)).all()):
+        # Where the active set was not confirmed, the solver's own point may be the better of the two.
+        is_worse = ~(judged.scaled <= residuals(data, point.z, point.y).scaled)
+        takes_point = (is_worse & ~point.is_exact) | ~is_optimal
+        is_regularised = takes_point & is_optimal
+        z, y = (torch.where(takes_point.unsqueeze(-1), a, b) for a, b in ((point.z, z), (point.y, y)))
+        z, y = torch.nan_to_num(z), torch.nan_to_num(y)
+        judged = residuals(data, z, y)
+        fails = is_optimal & ~(judged.scaled <= options.tolerance)
+        status = torch.where(fails, CODE[Status.NUMERICAL_ERROR], status)
+        is_optimal = is_optimal & ~fails
+
+    lam, h = y[:, data.p :], _inequality_bounds(problem, data.B)
+    s = _slacks(data, z, h, active)
+    strong, weak = _strength(data, lam, s, h, active)
+    if bool((strong != active).any()):
+        factor = factor_active_set(data, strong, lower=point.lower)
+    kkt = KKTFactor(factor=factor, is_optimal=is_optimal, is_weak=weak & is_optimal)
+    flags = {
+        Flag.DEGENERATE: kkt.is_weak,
+        Flag.DEPENDENT: factor.is_dependent & is_optimal,
+        Flag.NONUNIQUE: factor.is_nonunique & is_optimal,
+        Flag.REGULARISED: is_regularised & is_optimal,
+    }
+    return Forward(
+        problem=problem,
+        solution=Solution(z=z, nu=y[:, : data.p], lam=lam, s=s),
+        status=tuple(STATUSES[code] for code in status.tolist()),
+        flags=name_flags(flags, data.B),
+        iterations=point.iterations.cpu(),
+        primal_residual=judged.primal.cpu(),
+        dual_residual=judged.dual.cpu(),
+        gap=judged.gap.cpu(),
+        objective=judged.objective.cpu(),
+        solver=solver,
+        factor=kkt,
+    )
+
+
+def name_flags(flags: dict[Flag, Tensor], batch: int) -> tuple[tuple[Flag, ...], ...]:
+    """The flags of each problem, from one `(B,)` mask a flag."""
+    raised = [(flag, mask.tolist()) for flag, mask in flags.items() if bool(mask.any())]
+    if not raised:
+        return ((),) * batch
+    return tuple(tuple(flag for flag, mask in raised if mask[i]) for i in range(batch))
+
+
+def _equalities(data: Data) -> Tensor:
+    mask = torch.zeros(1, data.d.shape[1], dtype=torch.bool, device=data.d.device)
+    mask[:, : data.p] = True
+    return mask
+
+
+def _inequality_bounds(problem: QP, batch: int) -> Tensor:
+    """H as the caller gave it, `(B, m)`: +inf on rows that do not bind."""
+    if problem.h is None:
+        return problem.q.new_zeros(batch, 0)
+    return problem.h.expand(batch, -1) if problem.h.ndim == 1 else problem.h
+
+
+def _slacks(data: Data, z: Tensor, h: Tensor, active: Tensor) -> Tensor:
+    """H − Gz, not below zero; exactly zero on active rows, +inf where h is."""
+    s = (data.h - matvec(data.G, z)).clamp(min=0)
+    s = torch.where(active[:, data.p :], torch.zeros_like(s), s)
+    return torch.where(torch.isinf(h), h, s)
+
+
+def _strength(data: Data, lam: Tensor, s: Tensor, h: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Strongly active rows `(B, p + m)`, and whether a problem has weakly active ones `(B,)`."""
+    no_force = lam <= WEAK * inf_norm(lam).unsqueeze(-1)
+    no_room = s <= WEAK * (1 + data.h.abs())
+    weak_rows = no_force & no_room & ~torch.isinf(h)
+    strong = active.clone()
+    strong[:, data.p :] &= ~weak_rows
+    return strong, weak_rows.any(-1)

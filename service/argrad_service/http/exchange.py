@@ -1,0 +1,243 @@
+"""The life of one call: bytes in, prepared, solved on another thread, bytes out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from argrad.wire import (
+    JSON,
+    JsonLimits,
+    UnsupportedMediaTypeError,
+    body_format,
+    decode,
+    encode,
+    encoded_size,
+    reply_format,
+)
+from argrad.wire.messages import Message as Document
+from argrad.wire.messages import SolveReply, TensorMap
+from argrad_service.http.body import Body, read_body
+from argrad_service.http.problems import BadRequest, BodyTooSlow
+from argrad_service.http.record import Record
+from argrad_service.operations import Operations, Reply, Run
+from argrad_service.scheduling import DeadlinePassed, Job, Overloaded, Pending, Scheduler
+from argrad_service.settings import Settings, variable
+from argrad_service.state import StateGone
+
+INLINE_BYTES = 64 * 1024
+"""A body up to this size is decoded, and a reply encoded, on the event loop: a change of threads would cost more."""
+
+MAX_RELEASED = 256
+"""Most tokens in one Argrad-Release header."""
+
+OWNER = "public"
+"""Whose state every caller's is, as nobody is authenticated."""
+
+Asked = TypeVar("Asked", bound=Document)
+AskedIn = TypeVar("AskedIn", bound=Document, contravariant=True)
+ReplyOut = TypeVar("ReplyOut", bound=Document, covariant=True)
+T = TypeVar("T")
+
+
+class Prepare(Protocol[AskedIn, ReplyOut]):
+    """First half of an operation, such as `Operations.prepare_solve`."""
+
+    def __call__(self, request: AskedIn, tensors: TensorMap, *, owner: str, is_json: bool) -> Run[ReplyOut]:
+        """Check a request; what it returns solves it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What every call passes through.
+
+    Args:
+        settings: Limits and times.
+        operations: Release states.
+        scheduler: Solves.
+        pending: Counts calls and their bodies.
+        codecs: Threads for large bodies.
+    """
+
+    settings: Settings
+    operations: Operations
+    scheduler: Scheduler
+    pending: Pending
+    codecs: ThreadPoolExecutor
+
+    async def call(
+        self, request: Request, model: type[Asked], prepare: Prepare[Asked, Reply], *, is_backward: bool
+    ) -> Response:
+        """Serve one call.
+
+        Args:
+            request: Its body is not read yet.
+            model: Document that the body must hold.
+            prepare: First half of the operation.
+            is_backward: Whether it goes before forwards in the queue.
+
+        Raises:
+            Exception: whatever `http.problems.KINDS` lists.
+        """
+        headers, record = request.headers, Record.of(request.scope)
+        deadline = time.monotonic() + self._timeout_s(headers)
+        source = body_format(headers.get("content-type"))
+        _check_encoding(headers)
+        target = reply_format(headers.get("accept"), default=source)
+        self._release(headers)
+        with self._counted() as reserve:
+            body = await self._read(request, source, deadline, reserve)
+            record.stages_ms["read"] = record.elapsed_ms
+            record.request_bytes = len(body)
+
+            def decoded() -> Run[Reply]:
+                document, tensors = decode(model, body, source, limits=self._json_limits)
+                return prepare(document, tensors, owner=OWNER, is_json=target == JSON)
+
+            run = await self._stage(record, "decode", len(body), decoded)
+            timings = dict(record.stages_ms)
+
+            def work(job: Job[tuple[Reply, TensorMap]]) -> tuple[Reply, TensorMap]:
+                timings["queue"] = 1e3 * job.queued_s
+                return run(job.should_stop, timings)
+
+            job = self.scheduler.submit(work, deadline=deadline, is_backward=is_backward)
+            reply, tensors = await self.scheduler.result(job, lambda: _gone(request.receive))
+            record.stages_ms.update(timings)
+            nbytes = sum(tensor.nbytes for tensor in tensors.values())
+            buffers = await self._stage(record, "encode", nbytes, lambda: encode(reply, tensors, target))
+        record.problems = _count_statuses(reply)
+        record.reply_bytes = encoded_size(buffers)
+        return _Buffers(buffers, record.reply_bytes, target)
+
+    @property
+    def _json_limits(self) -> JsonLimits:
+        nbytes = int(self.settings.max_json_bytes)
+        return JsonLimits(max_bytes=nbytes, max_brackets=nbytes // 10, max_numbers=nbytes // 4)
+
+    def _timeout_s(self, headers: Headers) -> float:
+        text = headers.get("argrad-timeout-ms")
+        if text is None:
+            return self.settings.timeout_s
+        try:
+            asked = float(text)
+        except ValueError:
+            asked = math.nan
+        if not 0 < asked < math.inf:
+            raise BadRequest("Argrad-Timeout-Ms", repr(text[:40]), "milliseconds, more than 0")
+        return min(1e-3 * asked, self.settings.timeout_s)
+
+    def _release(self, headers: Headers) -> None:
+        """Free the states that the client's finalisers let go of; whether they were still there does not matter."""
+        text = headers.get("argrad-release")
+        if text is None:
+            return
+        tokens = [token.strip() for token in text.split(",")]
+        if len(tokens) > MAX_RELEASED:
+            raise BadRequest("Argrad-Release", f"{len(tokens)} tokens", f"at most {MAX_RELEASED}")
+        for token in tokens:
+            with contextlib.suppress(StateGone):
+                self.operations.release(token, owner=OWNER)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[Callable[[int], None]]:
+        """Count the call, and its body as far as it is in memory, for as long as this is open."""
+        if not self.pending.enter():
+            message = f"{self.pending.calls} calls are in the house, the limit (ARGRAD_MAX_PENDING)"
+            raise Overloaded(message, self.scheduler.retry_after_s())
+        held = 0
+
+        def reserve(nbytes: int) -> None:
+            nonlocal held
+            if not self.pending.grow(nbytes):
+                message = f"{self.pending.nbytes} bytes of bodies are in memory (ARGRAD_MAX_PENDING_BYTES)"
+                raise Overloaded(message, self.scheduler.retry_after_s())
+            held += nbytes
+
+        try:
+            yield reserve
+        finally:
+            self.pending.leave(held)
+
+    async def _read(self, request: Request, source: str, deadline: float, reserve: Callable[[int], None]) -> Body:
+        settings = self.settings
+        is_json = source == JSON and settings.max_json_bytes < settings.max_body_bytes
+        name, advice = ("max_json_bytes", "; the binary form may be larger") if is_json else ("max_body_bytes", "")
+        max_bytes = int(getattr(settings, name))
+        left_s = deadline - time.monotonic()
+        try:
+            async with asyncio.timeout(min(settings.body_timeout_s, left_s)):
+                return await read_body(
+                    request.receive,
+                    request.headers.get("content-length"),
+                    max_bytes=max_bytes,
+                    limit=f"at most {max_bytes} bytes ({variable(name)}{advice})",
+                    reserve=reserve,
+                )
+        except TimeoutError:
+            if left_s < settings.body_timeout_s:
+                raise DeadlinePassed("the deadline passed before the body was complete") from None
+            message = f"the body was not complete after {settings.body_timeout_s:g} s (ARGRAD_BODY_TIMEOUT_S)"
+            raise BodyTooSlow(message) from None
+
+    async def _stage(self, record: Record, name: str, nbytes: int, work: Callable[[], T]) -> T:
+        """Time some work, done here if it is small, else on a thread of its own."""
+        began = time.perf_counter()
+        if nbytes <= INLINE_BYTES:
+            result = work()
+        else:
+            result = await asyncio.get_running_loop().run_in_executor(self.codecs, work)
+        record.stages_ms[name] = 1e3 * (time.perf_counter() - began)
+        return result
+
+
+def _check_encoding(headers: Headers) -> None:
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaTypeError("Content-Encoding", repr(encoding[:40]), "a body that is not compressed")
+
+
+async def _gone(receive: Receive) -> None:
+    """Return once the caller's connection is broken; the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _count_statuses(reply: Document) -> dict[str, int]:
+    if not isinstance(reply, SolveReply):
+        return {}
+    statuses = [reply.status] if isinstance(reply.status, str) else reply.status
+    counts: dict[str, int] = {}
+    for status in statuses:
+        counts[status] = counts.get(status, 0) + 1
+    return counts
+
+
+class _Buffers(Response):
+    """A reply of several buffers, which are not joined if they are large."""
+
+    def __init__(self, buffers: list[bytes | memoryview], nbytes: int, media_type: str) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self._buffers = [b"".join(buffers)] if nbytes <= INLINE_BYTES else buffers
+        self.raw_headers = [(b"content-length", str(nbytes).encode()), (b"content-type", media_type.encode())]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        """Send head and buffers."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        last = len(self._buffers) - 1
+        for i, buffer in enumerate(self._buffers):
+            await send({"type": "http.response.body", "body": buffer, "more_body": i < last})

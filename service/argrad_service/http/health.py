@@ -1,0 +1,49 @@
+"""Probes: whether the process lives, and whether it should be sent work."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from argrad_service.http.problems import NotReady
+from argrad_service.scheduling import Scheduler
+from argrad_service.state import StateStore
+
+
+@dataclass
+class Readiness:
+    """Phase of the service, as its start and its end set it.
+
+    Args:
+        scheduler: Its threads must be alive.
+        store: Reported.
+        device: Reported.
+        phase: `starting` until a first solve has gone through.
+        reason: Why the phase is `failed`.
+    """
+
+    scheduler: Scheduler
+    store: StateStore
+    device: str
+    phase: Literal["starting", "ready", "failed", "stopping"] = "starting"
+    reason: str | None = None
+
+    def report(self) -> dict[str, Any]:
+        """What /health/ready answers.
+
+        Raises:
+            NotReady: the service should not be sent work; the same report is in `checks`.
+        """
+        solver, state = self.scheduler.health(), self.store.counts()
+        checks = {
+            "phase": self.phase,
+            "reason": self.reason,
+            "device": self.device,
+            "solver": asdict(solver),
+            "state": {"store": "memory", "entries": state.entries, "held_bytes": state.held_bytes},
+        }
+        if self.phase != "ready":
+            raise NotReady(f"the service is {self.phase}{f': {self.reason}' if self.reason else ''}", checks)
+        if solver.alive < solver.threads:
+            raise NotReady(f"{solver.alive} of {solver.threads} solver threads are alive", checks)
+        return {"status": "ready", "checks": checks}

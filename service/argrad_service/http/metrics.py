@@ -1,0 +1,128 @@
+"""Prometheus metrics of one application, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar, cast
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
+
+from argrad_service.http.record import Record
+from argrad_service.scheduling import Pending, Scheduler
+from argrad_service.state import StateStore
+
+_SECONDS = (
+    0.0001,
+    0.00025,
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+    30,
+    60,
+    300,
+)
+_MS = 1e-3
+M = TypeVar("M", bound=MetricWrapperBase)
+
+
+class Metrics:
+    """Counts requests, their stages and what came of their problems.
+
+    Args:
+        scheduler: Asked for its state at each scrape, as are the next two.
+        pending: Calls in the house.
+        store: Forward state.
+    """
+
+    def __init__(self, *, scheduler: Scheduler, pending: Pending, store: StateStore) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "argrad_requests_total",
+            "Requests by route, HTTP status and problem type.",
+            ["route", "status", "type"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "argrad_request_seconds",
+            "From a request's first byte to its reply's last.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._stages = Histogram(
+            "argrad_stage_seconds", "Stages of a call.", ["route", "stage"], buckets=_SECONDS, registry=registry
+        )
+        self._problems = Counter("argrad_problems_total", "Problems solved, by status.", ["status"], registry=registry)
+        self._bytes = Counter("argrad_body_bytes_total", "Bytes of bodies.", ["route", "direction"], registry=registry)
+        self._children: dict[tuple[object, ...], MetricWrapperBase] = {}
+        registry.register(_Scraped(scheduler, pending, store))
+
+    def count(self, route: str, status: int, record: Record) -> None:
+        """Count a request that is over."""
+        self._child(self._requests, route, str(status), record.problem_type or "").inc()
+        self._child(self._seconds, route).observe(record.elapsed_ms * _MS)
+        for stage, ms in record.stages_ms.items():
+            self._child(self._stages, route, stage).observe(ms * _MS)
+        for word, number in record.problems.items():
+            self._child(self._problems, word).inc(number)
+        if record.request_bytes:
+            self._child(self._bytes, route, "in").inc(record.request_bytes)
+        if record.reply_bytes:
+            self._child(self._bytes, route, "out").inc(record.reply_bytes)
+
+    def _child(self, metric: M, *labels: str) -> M:
+        """`metric.labels(...)`, which takes longer than counting does, remembered; there are few label sets."""
+        key = (id(metric), *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return cast("M", child)
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)
+
+
+class _Scraped(Collector):
+    """What is read at each scrape instead of being counted along the way."""
+
+    def __init__(self, scheduler: Scheduler, pending: Pending, store: StateStore) -> None:
+        self._scheduler, self._pending, self._store = scheduler, pending, store
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of this moment."""
+        solver, state = self._scheduler.health(), self._store.counts()
+        for name, text, number in (
+            ("argrad_queued_calls", "Calls that wait for the solver.", solver.queued),
+            ("argrad_running_calls", "Calls that are being solved.", solver.running),
+            ("argrad_solver_threads_alive", "Solver threads that are alive.", solver.alive),
+            ("argrad_pending_calls", "Calls in the house, those sending their body included.", self._pending.calls),
+            ("argrad_pending_bytes", "Request bodies in memory.", self._pending.nbytes),
+            ("argrad_state_entries", "Forward states kept.", state.entries),
+            ("argrad_state_bytes", "Bytes of forward states kept.", state.held_bytes),
+        ):
+            yield GaugeMetricFamily(name, text, number)
+        for name, text, number in (
+            ("argrad_solver_restarts", "Solver threads that ended and were replaced.", solver.restarts),
+            ("argrad_state_hits", "State tokens found.", state.hits),
+            ("argrad_state_misses", "State tokens that named nothing.", state.misses),
+            ("argrad_state_evictions", "Forward states pushed out by newer ones.", state.evictions),
+            ("argrad_state_expirations", "Forward states past their time to live.", state.expirations),
+            ("argrad_state_refusals", "Forward states larger than the whole budget.", state.refusals),
+        ):
+            yield CounterMetricFamily(name, text, number)

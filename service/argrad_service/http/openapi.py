@@ -1,0 +1,144 @@
+"""What /docs and /openapi.json say: schemas from the wire documents, with their tensors, and replayed examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from argrad.wire import JSON, SAFETENSORS
+from argrad.wire.messages import JvpReply, JvpRequest, Message, SolveReply, SolveRequest, VjpReply, VjpRequest
+from argrad_service.http import examples
+from argrad_service.http.problems import CONTENT_TYPE, INTERNAL, KINDS, Kind
+
+_REF = "#/components/schemas/{model}"
+_DOCUMENTS: tuple[type[Message], ...] = (SolveRequest, VjpRequest, JvpRequest, SolveReply, VjpReply, JvpReply)
+_TENSOR_NAMES = {
+    "problem": ("Q", "q", "G", "h", "A", "b", "lb", "ub", "P", "l", "u"),
+    "report": ("iterations", "primal_residual", "dual_residual", "gap", "objective"),
+}
+_SECTIONS_WITH_DOCUMENT = {"problem": "ProblemDocument", "report": "ReportDocument"}
+
+_TENSOR = {
+    "description": 'Nested lists of numbers; "Infinity", "-Infinity" and "NaN" stand for what is not finite. A number '
+    "a problem in a report of a single problem.",
+    "anyOf": [
+        {"type": "number"},
+        {"enum": ["Infinity", "-Infinity", "NaN"]},
+        {"type": "array", "items": {"$ref": _REF.format(model="Tensor")}},
+    ],
+}
+_PROBLEM = {
+    "description": "An error (RFC 9457).",
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "request_id"],
+    "properties": {
+        "type": {"enum": sorted({kind.type for kind in (*KINDS.values(), INTERNAL)})},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "request_id": {"type": "string"},
+        "field": {"type": "string", "description": "What is wrong."},
+        "found": {"type": "string", "description": "What was there."},
+        "wanted": {"type": "string", "description": "What would have been accepted."},
+    },
+}
+_HEADERS = [
+    {
+        "name": "Argrad-Timeout-Ms",
+        "in": "header",
+        "schema": {"type": "number", "exclusiveMinimum": 0},
+        "description": "Deadline of this call, in milliseconds from its arrival.",
+    },
+    {
+        "name": "Argrad-Release",
+        "in": "header",
+        "schema": {"type": "string"},
+        "description": "State tokens, separated by commas, that may be freed.",
+    },
+    {
+        "name": "X-Request-ID",
+        "in": "header",
+        "schema": {"type": "string", "maxLength": 128},
+        "description": "Comes back in the reply and stands in the log.",
+    },
+]
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    kinds: dict[int, Kind] = {kind.status: kind for kind in (*KINDS.values(), INTERNAL)}
+    content = {CONTENT_TYPE: {"schema": {"$ref": _REF.format(model="Problem")}}}
+    return {
+        status: {"description": f"`{kinds[status].type}`: {kinds[status].title}", "content": content}
+        for status in statuses
+    }
+
+
+def _call(request: type[Message], reply: type[Message], given: dict[str, examples.Example]) -> dict[str, Any]:
+    """Arguments of a route that takes and returns a message."""
+    binary = {"schema": {"type": "string", "format": "binary"}}
+
+    def content(model: type[Message], side: str) -> dict[str, Any]:
+        shown = {name: {"summary": e.summary, "value": getattr(e, side)} for name, e in given.items()}
+        return {JSON: {"schema": {"$ref": _REF.format(model=model.__name__)}, "examples": shown}, SAFETENSORS: binary}
+
+    statuses = {400, 406, 408, 413, 415, 422, 429, 500, 503, 504}
+    if "state" in request.model_fields:
+        statuses.add(409)
+    return {
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": content(request, "request")},
+            "parameters": _HEADERS,
+        },
+        "responses": {
+            200: {"description": "The result; a verdict on each problem.", "content": content(reply, "reply")},
+            **_errors(*sorted(statuses)),
+        },
+    }
+
+
+def _plain(description: str, media_type: str, example: object = None, *errors: int) -> dict[str, Any]:
+    shown = {} if example is None else {"example": example}
+    return {"responses": {200: {"description": description, "content": {media_type: shown}}, **_errors(*errors)}}
+
+
+SOLVE = _call(SolveRequest, SolveReply, examples.SOLVE)
+VJP = _call(VjpRequest, VjpReply, examples.VJP)
+JVP = _call(JvpRequest, JvpReply, examples.JVP)
+DELETE_STATE: dict[str, Any] = {
+    "status_code": 204,
+    "openapi_extra": {
+        "parameters": [{"name": "token", "in": "path", "required": True, "schema": {"type": "string"}}],
+    },
+    "responses": {204: {"description": "The state is gone."}, **_errors(409)},
+}
+SOLVERS = _plain("The table.", JSON)
+LIVE = _plain("The process answers.", JSON, {"status": "live"})
+READY = _plain("Send work.", JSON, None, 503)
+METRICS = _plain("Metrics.", "text/plain")
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """/openapi.json: FastAPI's own, with the wire documents and their tensors among the schemas."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        schemas |= _schemas()
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _schemas() -> dict[str, Any]:
+    _, generated = models_json_schema([(model, "validation") for model in _DOCUMENTS], ref_template=_REF)
+    schemas: dict[str, Any] = generated["$defs"]
+    tensor = {"$ref": _REF.format(model="Tensor")}
+    for section, name in _SECTIONS_WITH_DOCUMENT.items():
+        schemas[name]["properties"] |= dict.fromkeys(_TENSOR_NAMES[section], tensor)
+    for model in _DOCUMENTS:
+        for section in model.tensor_sections:
+            if section not in _SECTIONS_WITH_DOCUMENT:
+                place = {"type": "object", "additionalProperties": tensor}
+                schemas[model.__name__]["properties"][section] = place
+    return schemas | {"Tensor": _TENSOR, "Problem": _PROBLEM}

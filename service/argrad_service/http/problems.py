@@ -1,0 +1,151 @@
+"""Errors on the wire: RFC 9457 `application/problem+json`, one row a kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from argrad.errors import GradientError, ProblemError
+from argrad.wire import NotAcceptableError, TooLargeError, UnreadableBodyError, UnsupportedMediaTypeError
+from argrad_service.admission import TooLarge
+from argrad_service.http.record import Record
+from argrad_service.scheduling import CallerGone, DeadlinePassed, Overloaded, Stopping
+from argrad_service.state import StateGone
+
+CONTENT_TYPE = "application/problem+json"
+_MAX_WORDS = 1000
+
+
+class BadRequest(Exception):  # noqa: N818 - a verdict, not a defect
+    """A header or the framing of the body is wrong."""
+
+    def __init__(self, field: str, found: str, wanted: str) -> None:
+        super().__init__(f"{field}: found {found}, wanted {wanted}")
+        self.field, self.found, self.wanted = field, found, wanted
+
+
+class BodyTooSlow(Exception):  # noqa: N818 - a verdict, not a defect
+    """The body took longer than it may."""
+
+
+class NotReady(Exception):  # noqa: N818 - a verdict, not a defect
+    """The service cannot solve yet, or no more; `checks` says why."""
+
+    def __init__(self, message: str, checks: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.checks = checks
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row: HTTP status, problem type, and a title that is the same for every occurrence."""
+
+    status: int
+    type: str
+    title: str
+
+
+INTERNAL = Kind(500, "internal", "A defect of the service. Its log has the request id.")
+KINDS: dict[type[Exception], Kind] = {
+    BadRequest: Kind(400, "bad-request", "The bytes of the request cannot be read."),
+    UnreadableBodyError: Kind(400, "bad-request", "The bytes of the request cannot be read."),
+    NotAcceptableError: Kind(406, "not-acceptable", "No format that the caller accepts can be written."),
+    BodyTooSlow: Kind(408, "body-too-slow", "The body took longer than it may."),
+    StateGone: Kind(409, "state-gone", "The state token names no state. Send problem and solution instead."),
+    TooLargeError: Kind(413, "too-large", "Something is over a limit of this service."),
+    TooLarge: Kind(413, "too-large", "Something is over a limit of this service."),
+    UnsupportedMediaTypeError: Kind(415, "unsupported-media-type", "The format of the body is not understood."),
+    ProblemError: Kind(422, "invalid", "The request can be read, but says something wrong."),
+    GradientError: Kind(422, "invalid", "The request can be read, but says something wrong."),
+    Overloaded: Kind(429, "overloaded", "There is no room for another call now."),
+    CallerGone: Kind(499, "client-closed", "The caller left before the reply."),
+    Stopping: Kind(503, "not-ready", "The service is starting or stopping."),
+    NotReady: Kind(503, "not-ready", "The service is starting or stopping."),
+    DeadlinePassed: Kind(504, "deadline", "The deadline of the call passed before its result was there."),
+}
+"""Every error that a caller can cause or meet, by exception; anything else is `INTERNAL`."""
+
+_ROUTING = {
+    404: Kind(404, "not-found", "There is no such route. /docs lists them."),
+    405: Kind(405, "method-not-allowed", "The route exists, with another method."),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error as it goes out.
+
+    Args:
+        kind: Row of the table.
+        detail: This occurrence, in words.
+        members: Further members, such as field, found and wanted.
+        headers: Further headers.
+    """
+
+    kind: Kind
+    detail: str
+    members: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def response(self, request_id: str) -> Response:
+        """The whole reply."""
+        document = {
+            "type": self.kind.type,
+            "title": self.kind.title,
+            "status": self.kind.status,
+            "detail": self.detail,
+            "request_id": request_id,
+            **self.members,
+        }
+        # The standard library's JSON: a name out of the request may hold what is no Unicode, which orjson refuses.
+        body = json.dumps(document, separators=(",", ":")).encode()
+        return Response(body, self.kind.status, headers=dict(self.headers), media_type=CONTENT_TYPE)
+
+
+def describe(error: Exception) -> Problem:
+    """Find an exception's row, most specific class first; what is not in the table says nothing of itself."""
+    if isinstance(error, HTTPException):
+        return _describe_routing(error)
+    kind = next((KINDS[cls] for cls in type(error).__mro__ if cls in KINDS), None)
+    if kind is None:
+        return Problem(INTERNAL, "The service failed; nothing is wrong with the request as far as it knows.")
+    members: dict[str, Any] = {
+        name: _cut(getattr(error, name))
+        for name in ("field", "found", "wanted", "checks", "indices")
+        if hasattr(error, name)
+    }
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, BodyTooSlow):
+        headers["Connection"] = "close"
+    return Problem(kind, _cut(str(error)) or kind.title, members, headers)
+
+
+def _cut(value: Any) -> Any:
+    """Words that quote the request, at a length that a log can take."""
+    return f"{value[: _MAX_WORDS - 1]}…" if isinstance(value, str) and len(value) > _MAX_WORDS else value
+
+
+def _describe_routing(error: HTTPException) -> Problem:
+    kind = _ROUTING.get(error.status_code)
+    if kind is None:
+        phrase = HTTPStatus(error.status_code).phrase
+        kind = Kind(error.status_code, phrase.lower().replace(" ", "-"), f"{phrase}.")
+    return Problem(kind, kind.title, headers=error.headers or {})
+
+
+async def answer(request: Request, error: Exception) -> Response:
+    """Exception handler of the application."""
+    record = Record.of(request.scope)
+    problem = describe(error)
+    record.problem_type = problem.kind.type
+    record.detail = problem.detail
+    return problem.response(record.request_id)

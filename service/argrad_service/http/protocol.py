@@ -1,0 +1,76 @@
+"""uvicorn's protocol with bounds on the head of a request, which it leaves open for ever and without end."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from argrad_service.http.envelope import REQUEST_ID
+from argrad_service.http.problems import BadRequest, describe
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Longest head of a request; 256 released tokens take ten thousand."""
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """Closes a connection whose request head takes too long or is too long; idle ones are uvicorn's own matter."""
+
+    header_timeout_s: float = 10.0
+    """Seconds; `with_timeout` makes a class with another value."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    @classmethod
+    def with_timeout(cls, header_timeout_s: float) -> type[GuardedProtocol]:
+        """The protocol with that many seconds."""
+        return type("GuardedProtocol", (cls,), {"header_timeout_s": header_timeout_s})
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock: nothing has come yet."""
+        super().connection_made(transport)
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count the bytes of a head that is not complete."""
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response(f"more than {MAX_HEAD_BYTES} bytes of headers")
+
+    def on_message_begin(self) -> None:
+        """Start the clock: the first byte of a request came."""
+        if self._head_timer is None:
+            self._start_clock()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Stop the clock: the head is there."""
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request at all, and close the connection."""
+        request_id = secrets.token_hex(8)
+        response = describe(BadRequest("request", msg, "HTTP/1.1")).response(request_id)
+        response.headers[REQUEST_ID] = request_id
+        response.headers["Connection"] = "close"
+        head = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + bytes(response.body))
+        self.transport.close()
+
+    def _start_clock(self) -> None:
+        self._head_timer, self._head_bytes = self.loop.call_later(self.header_timeout_s, self.transport.close), 0
+
+    def _stop_clock(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None

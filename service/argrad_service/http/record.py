@@ -1,0 +1,54 @@
+"""What is noted of one request while it is served, for its log line, its metrics and its headers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from starlette.types import Scope
+
+_KEY = "argrad.record"
+
+
+@dataclass
+class Record:
+    """Notes on one request.
+
+    Args:
+        request_id: The caller's, or a new one.
+        began: `time.perf_counter()` at its first byte.
+        stages_ms: Milliseconds of each stage, in the order in which they ended.
+        request_bytes: Of the body.
+        reply_bytes: Of the reply's body.
+        problems: Problems in the batch, by status.
+        problem_type: Type of the error that was answered, if one was.
+        detail: Its words.
+    """
+
+    request_id: str
+    began: float = field(default_factory=time.perf_counter)
+    stages_ms: dict[str, float] = field(default_factory=dict)
+    request_bytes: int = 0
+    reply_bytes: int = 0
+    problems: dict[str, int] = field(default_factory=dict)
+    problem_type: str | None = None
+    detail: str | None = None
+
+    def attach(self, scope: Scope) -> None:
+        """Make this the record of the request."""
+        scope[_KEY] = self
+
+    @staticmethod
+    def of(scope: Scope) -> Record:
+        """The record of the request."""
+        record: Record = scope[_KEY]
+        return record
+
+    @property
+    def elapsed_ms(self) -> float:
+        """Milliseconds since the first byte."""
+        return 1e3 * (time.perf_counter() - self.began)
+
+    def server_timing(self) -> str:
+        """Value of the Server-Timing header (W3C Server Timing, durations in ms)."""
+        return ", ".join(f"{name};dur={ms:.3f}" for name, ms in self.stages_ms.items())

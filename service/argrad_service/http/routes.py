@@ -1,0 +1,81 @@
+"""The routes; what they answer is documented where they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+
+from argrad.wire.messages import JvpRequest, SolveRequest, VjpRequest
+from argrad_service.http import openapi
+from argrad_service.http.exchange import OWNER, Exchange
+from argrad_service.http.health import Readiness
+from argrad_service.http.metrics import Metrics
+
+_JSON = "application/json"
+
+
+class DirectRoute(APIRoute):
+    """A route whose function takes the request and returns the response: FastAPI documents it and looks no further."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function itself, without the search for parameters, dependencies and bodies that it has none of."""
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
+def add_routes(app: FastAPI, exchange: Exchange, readiness: Readiness, metrics: Metrics) -> None:
+    """Give an application every route of the service.
+
+    Args:
+        app: Has no routes of its own yet, but for its documentation.
+        exchange: Serves the calls.
+        readiness: Answers the probe.
+        metrics: Scraped.
+    """
+    app.router.route_class = DirectRoute
+    operations = exchange.operations
+
+    @app.post("/v1/solve", tags=["v1"], summary="Solve a batch, and differentiate it if asked", **openapi.SOLVE)
+    async def solve(request: Request) -> Response:
+        """Solve a batch of problems. With `upstream` in the body the reply has the gradients too."""
+        return await exchange.call(request, SolveRequest, operations.prepare_solve, is_backward=False)
+
+    @app.post("/v1/vjp", tags=["v1"], summary="Pull cotangents back to the parameters", **openapi.VJP)
+    async def vjp(request: Request) -> Response:
+        """Vector–Jacobian products, at a state that a solve left behind or at a point that the caller sends."""
+        return await exchange.call(request, VjpRequest, operations.prepare_vjp, is_backward=True)
+
+    @app.post("/v1/jvp", tags=["v1"], summary="Push tangents of parameters to the solution", **openapi.JVP)
+    async def jvp(request: Request) -> Response:
+        """Jacobian–vector products, at a state that a solve left behind or at a point that the caller sends."""
+        return await exchange.call(request, JvpRequest, operations.prepare_jvp, is_backward=True)
+
+    @app.delete("/v1/states/{token}", tags=["v1"], summary="Free forward state early", **openapi.DELETE_STATE)
+    async def delete_state(request: Request) -> Response:
+        """Forget a state. A token that names none is `state-gone`, as everywhere."""
+        operations.release(request.path_params["token"], owner=OWNER)
+        return Response(status_code=204)
+
+    @app.get("/v1/solvers", tags=["v1"], summary="What can be solved and differentiated, and how", **openapi.SOLVERS)
+    async def solvers(_: Request) -> Response:
+        """Solvers, differentiation methods, which pairs exist, and their options."""
+        return Response(orjson.dumps(operations.solvers()), media_type=_JSON)
+
+    @app.get("/health/live", tags=["operation"], summary="Whether the process answers", **openapi.LIVE)
+    async def live(_: Request) -> Response:
+        """Answers at once, whatever is being solved."""
+        return Response(b'{"status":"live"}', media_type=_JSON)
+
+    @app.get("/health/ready", tags=["operation"], summary="Whether to send work", **openapi.READY)
+    async def ready(_: Request) -> Response:
+        """Ready once a first solve has gone through both paths; 503 before that and while stopping."""
+        return Response(orjson.dumps(readiness.report()), media_type=_JSON)
+
+    @app.get("/metrics", tags=["operation"], summary="Prometheus metrics", **openapi.METRICS)
+    async def scrape(_: Request) -> Response:
+        """Counters, gauges and histograms in Prometheus' text format."""
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4")

@@ -1,0 +1,203 @@
+"""Every setting of the service: an `ARGRAD_*` variable, a flag of `argrad serve`, and a row of the documentation.
+
+`python -m argrad_service.settings` prints docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ByteSize, Field, SecretStr, ValidationError
+from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from argrad.errors import ArgradError
+from argrad_service.admission import Limits
+
+PREFIX = "ARGRAD_"
+_MIB = 1024**2
+_GIB = 1024**3
+
+_Bytes = Annotated[ByteSize, Field(ge=1)]
+_Count = Annotated[int, Field(ge=1)]
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class SettingsError(ArgradError, ValueError):
+    """A setting has a value that it cannot have; the message names the variable and the value."""
+
+
+class Settings(BaseSettings):
+    """What an operator may choose; read once, when the application is built."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on. There is no authentication: another than loopback is for closed networks "
+        "and containers, and is warned of.",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one and prints it.")
+    uds: Path | None = Field(
+        None, description="Path of a unix socket to listen on instead of TCP; created with mode 0600."
+    )
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where problems are solved; `auto` is `cuda` where there is a GPU."
+    )
+    torch_threads: int = Field(0, ge=0, description="Threads of one torch operation; 0 leaves the choice to torch.")
+    solver_threads: _Count = Field(
+        1, description="Calls that are solved at the same time. One call already uses every torch thread."
+    )
+
+    max_body_bytes: _Bytes = Field(ByteSize(512 * _MIB), description="Largest request body; above it 413.")
+    max_json_bytes: _Bytes = Field(
+        ByteSize(2 * _MIB),
+        description="Largest JSON request body; above it 413, use the binary form. JSON is parsed under Python's "
+        "global lock: a large value lets other requests wait.",
+    )
+    max_reply_bytes: _Bytes = Field(
+        ByteSize(512 * _MIB), description="Largest reply, computed from shapes before anything is solved; above it 413."
+    )
+    max_json_reply_bytes: _Bytes = Field(
+        ByteSize(8 * _MIB), description="The same for a JSON reply, at 25 bytes a number."
+    )
+    max_work_bytes: _Bytes = Field(
+        ByteSize(8 * _GIB),
+        description="Largest estimate of the solver's memory for one call, from batch size, variables and "
+        "constraints; above it 413.",
+    )
+    max_variables: _Count = Field(20_000, description="Most variables n of one problem; above it 413.")
+    max_constraints: _Count = Field(
+        100_000, description="Most rows m + p of one problem, bounds included; above it 413."
+    )
+    max_batch: _Count = Field(1_000_000, description="Most problems B of one call; above it 413.")
+    max_cotangents: _Count = Field(4096, description="Most cotangents k of one vjp; above it 413.")
+    max_iterations: int = Field(
+        10_000,
+        ge=100,
+        le=10_000,
+        description="Largest `solver.max_iterations` that a caller may ask for, at least its default of 100; above it "
+        "422.",
+    )
+
+    max_queue: _Count = Field(128, description="Calls that may wait for the solver; above it 429.")
+    max_pending: _Count = Field(
+        512,
+        description="Calls that may be in the house at once, those still sending their body included; above it 429.",
+    )
+    max_pending_bytes: _Bytes = Field(
+        ByteSize(2 * _GIB), description="Request bodies that may be in memory at once; above it 429."
+    )
+
+    timeout_s: _Seconds = Field(
+        300.0, description="Seconds that a call may take, after which 504; `Argrad-Timeout-Ms` can only shorten it."
+    )
+    header_timeout_s: _Seconds = Field(
+        10.0, description="Seconds that the head of a request may take, after which its connection is closed."
+    )
+    body_timeout_s: _Seconds = Field(60.0, description="Seconds that a request body may take, after which 408.")
+    drain_s: float = Field(
+        0.0, ge=0, description="Seconds between readiness turning false at SIGTERM and the listener closing."
+    )
+    keep_alive_s: _Count = Field(120, description="Seconds for which an idle connection is kept.")
+    shutdown_timeout_s: _Count = Field(
+        30,
+        description="Seconds that calls under way have to finish after SIGTERM or SIGINT; a second signal ends them.",
+    )
+
+    state_budget_bytes: Annotated[ByteSize, Field(ge=0)] = Field(
+        ByteSize(_GIB),
+        description="Memory for forward state; the least recently used goes first. A lost state costs its caller one "
+        "factorisation, never an answer.",
+    )
+    state_ttl_s: _Seconds = Field(900.0, description="Seconds after its last use for which forward state is kept.")
+    state_secret: SecretStr = Field(
+        default_factory=lambda: SecretStr(secrets.token_urlsafe(32)),
+        min_length=16,
+        description="Key that signs state tokens, at least 16 characters; random at each start by default, which makes "
+        "tokens from before a restart `state-gone`.",
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level that is logged; health probes and metrics are logged at `debug`."
+    )
+    log_format: Literal["console", "json"] = Field(
+        "console", description="Lines for people, or one JSON object a line; on standard error."
+    )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return self.uds is not None or self.host in {"localhost", "::1"} or self.host.startswith("127.")
+
+    def limits(self) -> Limits:
+        """The bounds on one call: what is named `max_*` here and has a place there."""
+        return Limits(**{field.name: getattr(self, f"max_{field.name}") for field in fields(Limits)})
+
+
+def load_settings(**given: Any) -> Settings:
+    """Read the settings from the environment; `given` ones come first.
+
+    Raises:
+        SettingsError: names each variable that has a wrong value, the value, and what is wrong with it.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(dict(e)) for e in error.errors())) from None
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    name = str(error["loc"][0])
+    if name not in Settings.model_fields:
+        return f"{name} is not a setting"
+    value = "that value" if name == "state_secret" else repr(error["input"])
+    return f"{variable(name)} (flag {flag(name)}) cannot be {value}: {error['msg'].lower()}"
+
+
+def variable(name: str) -> str:
+    """Environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def flag(name: str) -> str:
+    """Flag of `argrad serve` for a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def default_text(name: str) -> str:
+    """Default of a setting, as documentation and help print it."""
+    default = Settings.model_fields[name].default
+    if default is PydanticUndefined:
+        return "random"
+    if default is None:
+        return "none"
+    if isinstance(default, ByteSize):
+        return default.human_readable(separator=" ").replace(".0 ", " ").replace(".0", "")
+    return str(default)
+
+
+def render_configuration() -> str:
+    """docs/configuration.md, from the fields above."""
+    rows = [
+        f"| `{variable(name)}` | `{flag(name)}` | {default_text(name)} | {field.description} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    return "\n".join([_PREAMBLE, "| variable | flag | default | meaning |", "| --- | --- | --- | --- |", *rows, ""])
+
+
+_PREAMBLE = """\
+# Configuration
+
+<!-- Generated by `python -m argrad_service.settings > docs/configuration.md`; a test compares the two. -->
+
+Every setting is an environment variable and a flag of `argrad serve`; the flag comes first. Sizes take a number of
+bytes or a unit: `2097152`, `2MiB`, `1.5GiB`. A wrong value ends the start with a message that names it.
+"""
+
+if __name__ == "__main__":
+    print(render_configuration(), end="")

@@ -1,0 +1,66 @@
+"""What the service asks of whoever keeps forward state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class StateGone(Exception):  # noqa: N818 - not an error: every caller holds what a miss needs
+    """The token names no state: lost, evicted, expired, forged, foreign or another owner's.
+
+    One answer for all of them: a restart with a new signing key must look like any other miss, and a
+    guess must learn nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("the state token names no state here: send problem and solution instead")
+
+
+@dataclass(frozen=True)
+class StateCounts:
+    """What a store has done so far, and what it holds."""
+
+    entries: int
+    held_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+    expirations: int
+    refusals: int
+
+
+class StateStore(Protocol):
+    """Keeps opaque values under tokens; every method may be called from any thread."""
+
+    def put(self, value: Any, *, nbytes: int, owner: str) -> str | None:
+        """Keep a value and return its token, or None where it alone is over the budget."""
+        ...
+
+    def get(self, token: str, *, owner: str) -> Any:
+        """The value of a token, which stays valid.
+
+        Raises:
+            StateGone: whatever the reason.
+        """
+        ...
+
+    def delete(self, token: str, *, owner: str) -> None:
+        """Forget a value early.
+
+        Raises:
+            StateGone: whatever the reason.
+        """
+        ...
+
+    def sweep(self) -> None:
+        """Drop what has expired."""
+        ...
+
+    def clear(self) -> None:
+        """Drop everything."""
+        ...
+
+    def counts(self) -> StateCounts:
+        """Counters and what is held now."""
+        ...

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from argrad_service.settings import Settings, SettingsError, flag, load_settings, render_configuration, variable
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(variable(name), raising=False)
+
+
+def test_the_document_is_what_the_settings_generate():
+    assert DOCUMENT.read_text() == render_configuration(), (
+        "run: python -m argrad_service.settings > docs/configuration.md"
+    )
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_described_with_variable_and_flag(name: str):
+    assert Settings.model_fields[name].description
+    row = next(line for line in render_configuration().splitlines() if f"`{variable(name)}`" in line)
+    assert f"`{flag(name)}`" in row
+
+
+def test_defaults_listen_on_loopback_only():
+    settings = load_settings()
+    assert (settings.host, settings.port, settings.is_loopback) == ("127.0.0.1", 8000, True)
+    assert settings.max_json_bytes == 2 * 1024**2
+
+
+@pytest.mark.parametrize(("host", "is_loopback"), [("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("", False)])
+def test_loopback_is_told_from_the_rest(host: str, is_loopback: bool):
+    assert load_settings(host=host).is_loopback is is_loopback
+
+
+def test_environment_is_read_and_arguments_come_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ARGRAD_PORT", "9001")
+    monkeypatch.setenv("ARGRAD_MAX_BODY_BYTES", "1.5GiB")
+    settings = load_settings(port="9002")
+    assert (settings.port, settings.max_body_bytes) == (9002, 1536 * 1024**2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "port",
+            "70000",
+            r"ARGRAD_PORT \(flag --port\) cannot be '70000': input should be less than or equal to 65535",
+        ),
+        ("port", "abc", r"ARGRAD_PORT .* cannot be 'abc': input should be a valid integer"),
+        ("device", "tpu", r"ARGRAD_DEVICE .* cannot be 'tpu': input should be 'auto', 'cpu' or 'cuda'"),
+        ("max_body_bytes", "-3", r"ARGRAD_MAX_BODY_BYTES .* cannot be '-3'"),
+        ("timeout_s", "inf", r"ARGRAD_TIMEOUT_S .* cannot be 'inf': input should be a finite number"),
+        ("max_iterations", "1000000000", r"ARGRAD_MAX_ITERATIONS .* cannot be '1000000000'"),
+    ],
+)
+def test_wrong_values_name_the_variable_and_the_value(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+):
+    monkeypatch.setenv(variable(name), value)
+    with pytest.raises(SettingsError, match=message):
+        load_settings()
+
+
+def test_a_wrong_secret_is_not_printed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ARGRAD_STATE_SECRET", "hunter2")
+    with pytest.raises(SettingsError, match=r"ARGRAD_STATE_SECRET .* cannot be that value: .*at least 16") as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_secret_is_random_and_hidden():
+    first, second = load_settings(), load_settings()
+    assert first.state_secret.get_secret_value() != second.state_secret.get_secret_value()
+    assert first.state_secret.get_secret_value() not in repr(first)
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(SettingsError, match="prot is not a setting"):
+        load_settings(prot=1)
+
+
+def test_limits_are_the_settings_of_that_name():
+    limits = load_settings(max_variables=7, max_work_bytes="1KiB").limits()
+    assert (limits.variables, limits.work_bytes, limits.iterations) == (7, 1024, 10_000)
