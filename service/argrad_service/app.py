@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +15,14 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from argrad._version import __version__
-from argrad.wire.messages import SolveRequest
+from argrad.wire.messages import SolverDocument, SolveRequest
 from argrad_service import engine as default_engine
 from argrad_service.admission import Limits
 from argrad_service.engine.outcome import Stopped, never_stop
 from argrad_service.http import openapi
 from argrad_service.http.envelope import Envelope
 from argrad_service.http.exchange import OWNER, Exchange
+from argrad_service.http.fastlane import Calls, Service
 from argrad_service.http.health import Readiness
 from argrad_service.http.logs import Logger, make_logger
 from argrad_service.http.metrics import Metrics
@@ -92,7 +94,7 @@ def create_app(
             codecs.shutdown(wait=False, cancel_futures=True)
             store.clear()
 
-    app = FastAPI(
+    app = Service(
         title="argrad",
         version=__version__,
         description="Gradients of optimisation problems, served.",
@@ -104,6 +106,8 @@ def create_app(
     app.state.readiness = readiness
     add_routes(app, exchange, readiness, metrics)
     app.add_middleware(Envelope, metrics=metrics, log=log)
+    app.calls = Calls(app)
+    app.lane = Envelope(app.calls, metrics=metrics, log=log)
     handled: list[type[Exception]] = [HTTPException, *KINDS]
     for error in handled:
         app.add_exception_handler(error, answer)
@@ -117,12 +121,12 @@ def choose_device(settings: Settings, engine: Engine = default_engine) -> torch.
 
 
 async def _warm_up(operations: Operations, scheduler: Scheduler, readiness: Readiness, log: Logger) -> None:
-    """Solve and differentiate one problem of each shape that takes a path of its own, then say that we are ready."""
+    """Solve and differentiate one problem on each path, which compiles what is not yet; then say that we are ready."""
     began = time.perf_counter()
     try:
-        for rows in (1, 4):
-            job = scheduler.submit(functools.partial(_solve_small, operations, rows), deadline=float("inf"))
-            await job.future
+        for solver, rows in itertools.product(("auto", "pdipm"), (1, 4)):
+            work = functools.partial(_solve_small, operations, solver, rows)
+            await scheduler.submit(work, deadline=float("inf")).future
     except Exception as error:
         readiness.phase, readiness.reason = "failed", f"the first solve failed: {error}"
         log.error("not ready", reason=readiness.reason, exc_info=error)
@@ -131,7 +135,7 @@ async def _warm_up(operations: Operations, scheduler: Scheduler, readiness: Read
         log.info("ready", device=readiness.device, seconds=round(time.perf_counter() - began, 3))
 
 
-def _solve_small(operations: Operations, rows: int, _: Job[None]) -> None:
+def _solve_small(operations: Operations, solver: str, rows: int, _: Job[None]) -> None:
     """Two variables and `rows` inequalities, forward and backward."""
     Q = torch.eye(2, dtype=torch.float64)
     tensors = {
@@ -141,7 +145,8 @@ def _solve_small(operations: Operations, rows: int, _: Job[None]) -> None:
         "problem.h": Q.new_ones(rows),
         "upstream.z": Q.new_ones(2),
     }
-    operations.prepare_solve(SolveRequest(), tensors, owner=OWNER)(never_stop, {})
+    request = SolveRequest(solver=SolverDocument(name=solver))
+    operations.prepare_solve(request, tensors, owner=OWNER)(never_stop, {})
 
 
 async def _sweep(store: StateStore) -> None:

@@ -56,4 +56,5 @@ def parse(kind: str, tensors: Mapping[str, Tensor]) -> Form:
             check_finite("problem.h", tensor, "finite numbers or +inf", allowing=float("inf"))
         elif name not in _SIDES:
             check_finite(f"problem.{name}", tensor)
-    return form(parameters=parameters, problem=QP(**canonical._asdict()), row_map=row_map)
+    problem = QP.of_checked(canonical._asdict()) if row_map.size == 0 else QP(**canonical._asdict())
+    return form(parameters=parameters, problem=problem, row_map=row_map)

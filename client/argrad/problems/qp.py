@@ -9,7 +9,7 @@ the sum over the batch.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,14 @@ class QP:
             object.__setattr__(self, matrix, parameters[matrix])
             object.__setattr__(self, vector, parameters[vector])
         check_parameters(parameters, DIMENSIONS)
+
+    @classmethod
+    def of_checked(cls, parameters: Mapping[str, Tensor | None]) -> QP:
+        """A QP of parameters whose shapes fit each other already, none of them empty: nothing is looked at again."""
+        problem = object.__new__(cls)
+        for name in PARAMETERS:
+            object.__setattr__(problem, name, parameters.get(name))
+        return problem
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that are there, by name."""

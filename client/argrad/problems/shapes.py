@@ -20,6 +20,10 @@ Dimensions = Mapping[str, tuple[str, ...]]
 _DTYPES = (torch.float32, torch.float64)
 
 
+_ONE_THREAD = 32_768
+"""Elements up to which torch sums in the calling thread."""
+
+
 def check_parameters(parameters: Mapping[str, Tensor | None], dimensions: Dimensions) -> None:
     """Check that parameters are dense, alike, and fit one another.
 
@@ -159,7 +163,7 @@ def check_finite(field: str, tensor: Tensor, wanted: str = "finite numbers", *, 
 
 
 def _has_finite_sum(tensor: Tensor) -> bool:
-    if tensor.is_cpu:
+    if tensor.is_cpu and tensor.numel() > _ONE_THREAD:
         # NumPy sums in the calling thread; torch wakes its thread pool, which costs 10 ms where that is busy solving.
         with contextlib.suppress(RuntimeError), np.errstate(all="ignore"):  # torch.func's tensors have no storage
             return bool(np.isfinite(tensor.numpy().sum()))
