@@ -31,7 +31,7 @@ class TestResults:
         assert result.statuses == (argrad.Status.OPTIMAL,)
         assert result.failed == ()
         assert (result.gradients, result.adjoint, result.gradient_statuses) == (None, None, ())
-        assert (result.report.solver, result.report.method, result.report.flags) == ("pdipm", None, ((),))
+        assert (result.report.solver, result.report.method, result.report.flags) == ("pivoting", None, ((),))
         assert float(result.report.objective) == pytest.approx(1.875)
         assert result.state is not None
 
@@ -281,7 +281,7 @@ def test_observer() -> None:
 
 def test_solvers(local: Client) -> None:
     row = local.solvers()["solvers"][0]
-    assert (row["name"], [method["name"] for method in row["methods"]]) == ("pdipm", ["kkt"])
+    assert (row["name"], [method["name"] for method in row["methods"]]) == ("pivoting", ["kkt"])
 
 
 class TestAsync:
@@ -296,7 +296,7 @@ class TestAsync:
         assert vjp.gradients is not None
         assert vjp.gradients["q"].tolist() == pytest.approx([-0.25, 0.25])
         assert jvp.tangents["z"].tolist() == pytest.approx([0.25, 0.75])
-        assert table["solvers"][0]["name"] == "pdipm"
+        assert table["solvers"][0]["name"] == "pivoting"
 
     async def test_http_with_faults(self) -> None:
         service = FakeService(httpx.ConnectError("refused"))
@@ -308,7 +308,7 @@ class TestAsync:
             table = await client.solvers()
         assert vjp.gradients is not None
         assert vjp.gradients["q"].tolist() == pytest.approx([-0.25, 0.25])
-        assert table["solvers"][0]["name"] == "pdipm"
+        assert table["solvers"][0]["name"] == "pivoting"
         paths = [received.path for received in service.received]
         assert paths == ["/v1/solve", "/v1/solve", "/v1/vjp", "/v1/vjp", "/v1/solvers"]
         assert service.received[2].headers["argrad-release"] == result.state

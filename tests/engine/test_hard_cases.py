@@ -125,7 +125,8 @@ def test_weakly_active_rows_give_a_one_sided_derivative_and_a_flag() -> None:
     problem = QP(Q=tensor([[[1.0]], [[1.0]]]), q=tensor([[0.0], [1.0]]), G=tensor([[1.0]]), h=tensor([0.0]))
     forward = engine.solve(problem)
     assert forward.status == (Status.OPTIMAL,) * 2
-    assert forward.flags == ((Flag.DEGENERATE,), ())
+    assert Flag.DEGENERATE in forward.flags[0]
+    assert forward.flags[1] == ()
     pulled = engine.vjp(forward, {"z": torch.ones(2, 1, dtype=F64)})
     assert pulled.flags == ((Flag.DEGENERATE,), ())
     assert pulled.adjoint.z.flatten().tolist() == pytest.approx([-1.0, -1.0])
@@ -248,7 +249,7 @@ def test_scaled_data_give_the_same_solution(row_scale: float, cost_scale: float)
 
 def test_the_iteration_limit_is_a_status_that_says_so() -> None:
     known = draw(Case("limit", 20, 30, 0), 1)
-    forward = engine.solve(known.problem, options=SolverOptions(max_iterations=1))
+    forward = engine.solve(known.problem, solver="pdipm", options=SolverOptions(max_iterations=1))
     assert set(forward.status) <= {Status.MAX_ITERATIONS, Status.OPTIMAL}
     assert Status.MAX_ITERATIONS in forward.status
     assert int(forward.iterations.max()) <= 1
@@ -259,7 +260,7 @@ def test_a_caller_that_gives_up_stops_the_solve_between_iterations() -> None:
     known = draw(Case("stop", 20, 30, 0), 1)
     asked = iter([False, False, True])
     with pytest.raises(engine.Stopped):
-        engine.solve(known.problem, options=SolverOptions(should_stop=lambda: next(asked)))
+        engine.solve(known.problem, solver="pdipm", options=SolverOptions(should_stop=lambda: next(asked)))
 
 
 def test_a_warm_start_at_the_solution_needs_no_iteration() -> None:
@@ -316,7 +317,7 @@ class TestPointOfACaller:
 
 def test_unknown_names_are_refused_with_the_list_of_known_ones() -> None:
     problem = batch_of(regular(0))
-    with pytest.raises(ValueError, match=r"solver\.name: found 'simplex', wanted one of auto, pdipm"):
+    with pytest.raises(ValueError, match=r"solver\.name: found 'simplex', wanted one of auto, pivoting, pdipm"):
         engine.solve(problem, solver="simplex")
     forward = engine.solve(problem)
     with pytest.raises(ValueError, match=r"differentiation\.method: found 'magic', wanted one of auto, kkt"):
@@ -376,3 +377,26 @@ def test_half_a_million_tiny_problems_fit_in_one_call() -> None:
     q = torch.linspace(-2, 2, 500_000, dtype=F64).unsqueeze(-1)
     forward = engine.solve(QP(Q=tensor([[1.0]]), q=q, G=tensor([[1.0], [-1.0]]), h=tensor([1.0, 1.0])))
     torch.testing.assert_close(forward.solution.z, (-q).clamp(-1, 1), rtol=0, atol=1e-12)
+
+
+def test_a_problem_that_pivoting_cannot_decide_is_solved_by_pdipm_and_says_so() -> None:
+    """A singular Q among definite ones; alone, `auto` names `pdipm` as its solver."""
+    flat = {**regular(3), "Q": torch.diag(tensor([0.0, 1.0, 1.0, 1.0])), "q": torch.zeros(4, dtype=F64)}
+    box = torch.cat([torch.eye(4, dtype=F64), -torch.eye(4, dtype=F64)])
+    flat |= {"G": box, "h": torch.ones(8, dtype=F64), "q": tensor([0.5, 0.0, 0.0, 0.0])}
+    other = {**flat, "Q": torch.eye(4, dtype=F64)}
+    mixed = engine.solve(batch_of(other, flat), solver="pivoting")
+    assert mixed.status == (Status.OPTIMAL,) * 2
+    assert mixed.solver == "pivoting"
+    assert mixed.flags[0] == ()
+    assert Flag.FALLBACK in mixed.flags[1]
+    assert mixed.solution.z[1].tolist() == pytest.approx([-1, 0, 0, 0], abs=1e-10)
+    alone = engine.solve(batch_of(flat))
+    assert alone.solver == "pdipm"
+    assert Flag.FALLBACK not in alone.flags[0]
+
+
+def test_pivoting_stops_for_a_caller_that_gives_up() -> None:
+    known = draw(Case("stop", 5, 4, 0), 1)
+    with pytest.raises(engine.Stopped):
+        engine.solve(known.problem, solver="pivoting", options=SolverOptions(should_stop=lambda: True))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from argrad.problems import QP, Status
 from argrad_service import engine
 from tests.engine.qps import Case, Known, draw
 
+ANY_SOLVER = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the solver is the same for all examples
+)
 SEEDS = st.integers(0, 10_000)
 SHAPES = st.tuples(st.integers(1, 8), st.integers(0, 12), st.integers(0, 3)).filter(lambda s: s[2] < s[0])
 
@@ -20,7 +26,7 @@ def regular(shape: tuple[int, int, int], seed: int) -> Known:
     return draw(Case("property", n, m, p, batch=3), seed)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@ANY_SOLVER
 @given(SHAPES, SEEDS)
 def test_a_batch_is_its_problems_one_at_a_time(shape: tuple[int, int, int], seed: int) -> None:
     known = regular(shape, seed)
@@ -37,7 +43,7 @@ def test_a_batch_is_its_problems_one_at_a_time(shape: tuple[int, int, int], seed
             torch.testing.assert_close(block[0], pulled.blocks()[name][i], rtol=1e-8, atol=1e-8)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@ANY_SOLVER
 @given(SHAPES, SEEDS, st.floats(1e-3, 1e3))
 def test_scaling_the_objective_scales_the_multipliers(shape: tuple[int, int, int], seed: int, factor: float) -> None:
     known = regular(shape, seed)
@@ -48,7 +54,7 @@ def test_scaling_the_objective_scales_the_multipliers(shape: tuple[int, int, int
     np.testing.assert_allclose(forward.solution.nu.numpy() / factor, known.nu, rtol=1e-7, atol=1e-7)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@ANY_SOLVER
 @given(SHAPES.filter(lambda s: s[1] > 0), SEEDS)
 def test_permuting_and_repeating_loose_rows_changes_nothing(shape: tuple[int, int, int], seed: int) -> None:
     known = regular(shape, seed)

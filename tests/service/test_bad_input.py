@@ -120,7 +120,7 @@ JSON_ROWS = {
     ),
     "an unknown solver": (
         {"problem": simplex(), "solver": {"name": "gurobi"}},
-        (422, "invalid", "solver.name", "'gurobi'", "auto, pdipm"),
+        (422, "invalid", "solver.name", "'gurobi'", "auto, pivoting, pdipm"),
     ),
     "an unknown option": (
         {"problem": simplex(), "solver": {"tolerence": 1e-8}},

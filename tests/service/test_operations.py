@@ -243,7 +243,11 @@ def test_the_cotangent_of_a_failed_problem_may_be_nan():
         ({"upstream.z": tensor([1, 1, 1])}, {}, r"upstream\.z: found shape \(1, 3\), wanted \(1, 2\) or \(k, 1, 2\)"),
         ({"upstream.z": tensor([1, 1])}, {"wrt": ["q", "c"]}, r"wrt: found 'c', wanted one of Q, q, G, h"),
         ({"upstream.z": tensor([1, 1])}, {"wrt": ["q", "q"]}, r"wrt: found a name twice in \['q', 'q'\]"),
-        ({}, {"solver": SolverDocument(name="gurobi")}, r"solver\.name: found 'gurobi', wanted one of auto, pdipm"),
+        (
+            {},
+            {"solver": SolverDocument(name="gurobi")},
+            r"solver\.name: found 'gurobi', wanted one of auto, pivoting, ",
+        ),
         ({"warm_start.z": tensor([1, 1, 1])}, {}, r"warm_start\.z: found shape"),
     ],
 )

@@ -28,6 +28,7 @@ class Flag(StrEnum):
     DEPENDENT = "dependent"
     NONUNIQUE = "nonunique"
     REGULARISED = "regularised"
+    FALLBACK = "fallback"
 
     @property
     def sentence(self) -> str:
@@ -49,5 +50,6 @@ _SENTENCES: dict[StrEnum, str] = {
     Flag.DEPENDENT: "Active rows are linearly dependent: z and the gradient are exact in d_z and Aᵀd_ν + Gᵀμ; the "
     "multipliers are not unique, and cotangents on them are refused.",
     Flag.NONUNIQUE: "The primal solution is not unique: the objective is exact, the gradient is refused.",
+    Flag.FALLBACK: "The solver of the report could not decide this problem; `pdipm` solved it.",
     Flag.REGULARISED: "The point was accepted from a regularised system, with its residual checked.",
 }

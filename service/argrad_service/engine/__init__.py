@@ -17,8 +17,8 @@ from argrad_service.engine.data import Data, matvec, stack
 from argrad_service.engine.finish import Guess
 from argrad_service.engine.outcome import Backward, Forward, SolverOptions, Stopped, Tangents
 from argrad_service.engine.point import point_of
+from argrad_service.engine.registry import AUTO, FALLBACK, find_method, find_solver
 from argrad_service.engine.registry import describe as solvers
-from argrad_service.engine.registry import find_method, find_solver
 from argrad_service.engine.solution import conclude
 
 __all__ = [
@@ -66,11 +66,15 @@ def solve(
         ProblemError: there is no solver of that name.
         Stopped: `options.should_stop()` was true between two iterations.
     """
-    chosen = find_solver(solver)
     options = options or SolverOptions()
     problem, data = _prepare(problem, device)
     warm = None if warm_start is None else _guess(data, warm_start)
-    return conclude(problem, data, chosen.solve(data, options, warm), options, solver=chosen.name)
+    chosen = find_solver(solver, data, warm)
+    point = chosen.solve(data, options, warm)
+    name = chosen.name
+    if solver == AUTO and point.is_fallback is not None and bool(point.is_fallback.all()):
+        name, point.is_fallback = FALLBACK, None
+    return conclude(problem, data, point, options, solver=name)
 
 
 def at_point(
@@ -128,7 +132,7 @@ def jvp(forward: Forward, tangents: Mapping[str, Tensor], *, method: str = "auto
 def _prepare(problem: QP, device: torch.device | None) -> tuple[QP, Data]:
     target = device or default_device()
     moved = {name: t.detach().to(device=target, dtype=torch.float64) for name, t in problem.parameters().items()}
-    problem = QP(**moved)
+    problem = QP.of_checked(moved)
     return problem, stack(problem)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from argrad.problems import Status
-from argrad_service.engine.data import Data, residuals
+from argrad_service.engine.active_set import Rows
+from argrad_service.engine.data import Data, Residuals, residuals
 from argrad_service.engine.finish import Guess, PrimalCandidates, find_active_set
 from argrad_service.engine.semidefinite import cholesky_or_none
 
@@ -27,6 +29,54 @@ NEAR = 1e-4
 _ROUNDS = 3
 
 
+class KKTSystem(Protocol):
+    """The factored KKT system of a batch on its active sets: an `ActiveSetFactor`, or what a solver left."""
+
+    @property
+    def data(self) -> Data:
+        """The problems."""
+        ...
+
+    @property
+    def rows(self) -> Rows:
+        """Their active rows."""
+        ...
+
+    @property
+    def is_dependent(self) -> Tensor:
+        """`(B,)`, whether active rows are linearly dependent."""
+        ...
+
+    @property
+    def is_nonunique(self) -> Tensor:
+        """`(B,)`, whether the primal solution is not unique."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beyond the problem's own data."""
+        ...
+
+    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve for right-hand sides `(B, n, j)` and `(B, k, j)`; the third result is the relative residual `(B,)`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Finished:
+    """What a solver hands on that has done the exact solve itself, without weakly active rows in any problem.
+
+    Args:
+        factor: KKT system of the active sets.
+        s: Slacks `(B, m)`, zero on active rows.
+        judged: Residuals of the point.
+    """
+
+    factor: KKTSystem
+    s: Tensor
+    judged: Residuals
+
+
 @dataclass(kw_only=True, eq=False)
 class Point:
     """What was found for each problem of a batch.
@@ -39,6 +89,8 @@ class Point:
         status: `(B,)`, indices into `STATUSES`.
         is_exact: `(B,)`, whether the active set was confirmed by the finish.
         lower: Cholesky factors of Q, `(1 or B, n, n)`, where all are definite.
+        finished: The rest, where z and y are exact already.
+        is_fallback: `(B,)`, which problems another solver than the one asked for has solved; None for no problem.
     """
 
     active: Tensor
@@ -48,6 +100,8 @@ class Point:
     status: Tensor
     is_exact: Tensor
     lower: Tensor | None = None
+    finished: Finished | None = None
+    is_fallback: Tensor | None = None
 
 
 def unsolved(data: Data) -> Point:

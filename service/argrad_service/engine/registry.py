@@ -6,13 +6,14 @@ and to tangents. Both meet at the outcome, so that a new one of either kind is o
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from argrad.errors import ProblemError
+from argrad.errors import MissingExtraError, ProblemError
 from argrad_service.engine.backward import kkt
 from argrad_service.engine.data import Data
 from argrad_service.engine.finish import Guess
@@ -21,6 +22,8 @@ from argrad_service.engine.outcome import Backward, Forward, SolverOptions, Tang
 from argrad_service.engine.point import Point
 
 AUTO = "auto"
+FALLBACK = "pdipm"
+"""Solves what `pivoting` could not decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +59,30 @@ class Method:
     summary: str
 
 
+MOST_VARIABLES_OF_MANY_ROWS = 64
+"""With more rows than variables `auto` takes `pivoting` up to this size: beyond it the dual active set takes as many
+steps as there are active rows, each a pass over all rows, and the batched interior point is faster."""
+
+
+def _solve_by_pivoting(data: Data, options: SolverOptions, warm: Guess | None) -> Point:
+    # Imported when first asked for: compiled kernels take a second to load, and a bare client has no numba.
+    from argrad_service.engine.forward import pivoting
+
+    return pivoting.solve(data, options, warm)
+
+
 SOLVERS = {
     solver.name: solver
     for solver in (
+        Solver(
+            name="pivoting",
+            solve=_solve_by_pivoting,
+            summary="Exact active sets of strictly convex problems by compiled kernels; hard ones go to pdipm.",
+            problems=("qp", "qp_two_sided"),
+            devices=("cpu",),
+            methods=("kkt",),
+            warm_starts=False,
+        ),
         Solver(
             name="pdipm",
             solve=pdipm.solve,
@@ -84,17 +108,33 @@ METHODS = {
 }
 
 
-def find_solver(name: str) -> Solver:
-    """The solver of that name; `auto` is the first of the table.
+def has_kernels() -> bool:
+    """Whether the packages are there that `pivoting` is compiled with."""
+    return all(importlib.util.find_spec(name) is not None for name in ("numba", "scipy", "threadpoolctl"))
+
+
+def find_solver(name: str, data: Data, warm: Guess | None) -> Solver:
+    """The solver of that name; `auto` chooses by device, size and warm start.
 
     Raises:
-        ProblemError: there is none.
+        ProblemError: there is none, or it does not run on the problem's device.
+        MissingExtraError: its packages are not installed.
     """
     if name == AUTO:
-        return next(iter(SOLVERS.values()))
+        return SOLVERS["pivoting" if _suits_pivoting(data, warm) else "pdipm"]
     if name not in SOLVERS:
         raise ProblemError("solver.name", repr(name), f"one of {', '.join([AUTO, *SOLVERS])}")
-    return SOLVERS[name]
+    solver = SOLVERS[name]
+    if data.q.device.type not in solver.devices:
+        raise ProblemError("solver.name", f"{name!r} on {data.q.device.type}", f"a solver for {data.q.device.type}")
+    if name == "pivoting" and not has_kernels():
+        raise MissingExtraError("solver 'pivoting'", "service")
+    return solver
+
+
+def _suits_pivoting(data: Data, warm: Guess | None) -> bool:
+    is_small = data.m <= data.n - data.p or data.n <= MOST_VARIABLES_OF_MANY_ROWS
+    return warm is None and data.q.device.type == "cpu" and is_small and has_kernels()
 
 
 def find_method(name: str, solver: str) -> Method:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from argrad.problems import QP, Flag, Solution, Status
-from argrad_service.engine.active_set import ActiveSetFactor, factor_active_set
-from argrad_service.engine.data import Data, inf_norm, matvec, residuals
+from argrad_service.engine.active_set import factor_active_set
+from argrad_service.engine.data import Data, Residuals, inf_norm, matvec, residuals
 from argrad_service.engine.finish import Guess, solve_on_active_set
 from argrad_service.engine.outcome import Forward, SolverOptions
-from argrad_service.engine.point import CODE, STATUSES, Point
+from argrad_service.engine.point import CODE, STATUSES, KKTSystem, Point
 
 WEAK = 1e-10
 """τ: a row with λ ≤ τ‖λ‖∞ and s ≤ τ(1 + |h|) is weakly active (math: the map is not differentiable there)."""
@@ -28,7 +28,7 @@ class KKTFactor:
         is_weak: `(B,)`, problems with weakly active rows.
     """
 
-    factor: ActiveSetFactor
+    factor: KKTSystem
     is_optimal: Tensor
     is_weak: Tensor
 
@@ -49,6 +49,13 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
         options: Tolerance that an optimal problem meets.
         solver: Name of the solver that ran.
     """
+    done = point.finished
+    if done is not None and bool((done.judged.scaled <= options.tolerance).all()):
+        h = _inequality_bounds(problem, data.B)
+        s = torch.where(torch.isinf(h), h, done.s)
+        is_optimal = torch.ones(data.B, dtype=torch.bool, device=data.q.device)
+        kkt = KKTFactor(factor=done.factor, is_optimal=is_optimal, is_weak=~is_optimal)
+        return _outcome(problem, point, kkt, (point.z, point.y, s), done.judged, point.status, {}, solver)
     is_optimal = point.status == CODE[Status.OPTIMAL]
     active = point.active & (is_optimal.unsqueeze(-1) | _equalities(data))
     factor = factor_active_set(data, active, lower=point.lower)
@@ -81,11 +88,28 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
         Flag.NONUNIQUE: factor.is_nonunique & is_optimal,
         Flag.REGULARISED: is_regularised & is_optimal,
     }
+    if point.is_fallback is not None:
+        flags[Flag.FALLBACK] = point.is_fallback
+    return _outcome(problem, point, kkt, (z, y, s), judged, status, flags, solver)
+
+
+def _outcome(
+    problem: QP,
+    point: Point,
+    kkt: KKTFactor,
+    solution: tuple[Tensor, Tensor, Tensor],
+    judged: Residuals,
+    status: Tensor,
+    flags: dict[Flag, Tensor],
+    solver: str,
+) -> Forward:
+    z, y, s = solution
+    p = problem.p
     return Forward(
         problem=problem,
-        solution=Solution(z=z, nu=y[:, : data.p], lam=lam, s=s),
+        solution=Solution(z=z, nu=y[:, :p], lam=y[:, p:], s=s),
         status=tuple(STATUSES[code] for code in status.tolist()),
-        flags=name_flags(flags, data.B),
+        flags=name_flags(flags, len(z)),
         iterations=point.iterations.cpu(),
         primal_residual=judged.primal.cpu(),
         dual_residual=judged.dual.cpu(),

@@ -48,13 +48,13 @@ _PROJECTION = {
 
 
 def _report(**more: Any) -> dict[str, Any]:
-    return {"solver": "pdipm", "flags": [], "iterations": 6, "primal_residual": 0.0, "dual_residual": 0.0, **more}
+    return {"solver": "pivoting", "flags": [], "iterations": 6, "primal_residual": 0.0, "dual_residual": 0.0, **more}
 
 
 def _batch_report(objective: list[float]) -> dict[str, Any]:
     zeros = [0.0] * len(objective)
     return {
-        "solver": "pdipm",
+        "solver": "pivoting",
         "flags": [[] for _ in objective],
         "iterations": [6] * len(objective),
         "primal_residual": zeros,
@@ -110,7 +110,7 @@ SOLVE = {
         {
             "protocol": 1,
             "status": "infeasible",
-            "report": {"solver": "pdipm"},
+            "report": {"solver": "pivoting"},
             "timings_ms": {"read": 0.1, "decode": 0.1, "queue": 0.1, "solve": 2.0},
         },
     ),

@@ -1,0 +1,191 @@
+"""Strictly convex QPs on the CPU, by the compiled kernels: arrays in, and a factor that serves the backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from argrad_service.engine.active_set import Rows
+from argrad_service.engine.data import Data, Residuals
+from argrad_service.engine.kernels import batch as kernels
+from argrad_service.engine.kernels.active_set import NOT_DEFINITE
+from argrad_service.engine.kernels.lapack import LETTERS, Lapack, load
+from argrad_service.engine.kernels.pool import over_batch
+from argrad_service.engine.point import Finished
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Factors:
+    """What the kernels know of a batch (see `kernels.batch.solve_range`).
+
+    Args:
+        L: `(1 or B, n, n)`.
+        X: `(1 or B, r, n)`.
+        scale: `(1 or B, r)`.
+        S: `(B, K, K)`.
+        index: `(B, K)`.
+        count: `(B,)`.
+    """
+
+    L: Array
+    X: Array
+    scale: Array
+    S: Array
+    index: NDArray[np.int64]
+    count: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solved:
+    """What the kernels found.
+
+    Args:
+        active: `(B, r)`.
+        z: `(B, n)`.
+        y: `(B, r)`.
+        s: `(B, r − p)`.
+        report: `(B, 5)`, primal residual, dual residual, gap, objective, scaled residual.
+        steps: `(B,)`, rounds of pivoting and steps of the dual active set.
+        code: `(B,)`, of `kernels.active_set`.
+        factors: Of the problems that were solved.
+    """
+
+    active: Tensor
+    z: Tensor
+    y: Tensor
+    s: Tensor
+    report: Tensor
+    steps: Tensor
+    code: Tensor
+    factors: Factors
+
+
+def solve_batch(data: Data) -> Solved:
+    """Solve strictly convex QPs; what is not strictly convex or not decided says so in its code."""
+    Q, q, C, d = (_array(t) for t in (data.Q, data.q, data.C, data.d))
+    batch, n, r = data.B, data.n, d.shape[1]
+    most = min(r, n)
+    lapack, work = _lapack(), (np.zeros(4, np.int32), LETTERS, np.zeros(2))
+    shares_q, shares_both = len(Q) == 1, len(Q) == len(C) == 1
+    factors = Factors(
+        L=np.empty((1 if shares_q else batch, n, n)),
+        X=np.empty((1 if shares_both else batch, r, n)),
+        scale=np.empty((1 if shares_both else batch, r)),
+        S=np.empty((batch, most, most)),
+        index=np.zeros((batch, most), np.int64),
+        count=np.zeros(batch, np.int64),
+    )
+    gram = np.empty((0, 0))
+    code = np.full(batch, NOT_DEFINITE)
+    active, steps = np.zeros((batch, r), np.bool_), np.zeros(batch, np.int64)
+    z, y, s = np.zeros((batch, n)), np.zeros((batch, r)), np.zeros((batch, r - data.p))
+    report = np.zeros((batch, 5))
+    if not shares_q or kernels.factor_hessian(lapack, Q[0], factors.L[0], work):
+        # With one problem nothing is shared: the kernel does everything.
+        if shares_both:
+            kernels.whiten(lapack, factors.L[0], C[0], factors.X[0], factors.scale[0], work)
+            if r <= n:
+                gram = np.empty((r, r))
+                kernels.full_gram(lapack, factors.X[0], gram, work)
+        f = factors
+        outputs = (f.L, f.X, f.scale, gram, f.S, f.index, f.count, active, z, y, s, report, steps, code)
+
+        def run(start: int, stop: int) -> None:
+            kernels.solve_range(lapack, LETTERS, start, stop, Q, q, C, d, data.p, *outputs)
+
+        over_batch(run, batch, work=n**3 / 3 + r * n * n + r * r * n + 1e3)
+    return Solved(
+        active=torch.from_numpy(active),
+        z=torch.from_numpy(z),
+        y=torch.from_numpy(y),
+        s=torch.from_numpy(s),
+        report=torch.from_numpy(report),
+        steps=torch.from_numpy(steps),
+        code=torch.from_numpy(code),
+        factors=factors,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompiledFactor:
+    """The KKT systems of a batch whose every problem the kernels solved; stands in for an `ActiveSetFactor`.
+
+    Args:
+        data: The problems.
+        factors: What the kernels left.
+        rows: The active rows.
+    """
+
+    data: Data
+    factors: Factors
+    rows: Rows
+
+    @property
+    def is_dependent(self) -> Tensor:
+        """None is: the kernels keep independent rows only."""
+        return torch.zeros(self.data.B, dtype=torch.bool)
+
+    @property
+    def is_nonunique(self) -> Tensor:
+        """None is: the kernels take strictly convex problems only."""
+        return torch.zeros(self.data.B, dtype=torch.bool)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beyond the problem's own data."""
+        f = self.factors
+        return sum(a.nbytes for a in (f.L, f.X, f.scale, f.S, f.index))
+
+    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve for j right-hand sides a problem.
+
+        Args:
+            r1: `(B, n, j)`.
+            r2: `(B, k, j)` on the active rows, 0 on padding.
+
+        Returns:
+            x `(B, n, j)`, y `(B, k, j)`, and the relative residual of each problem `(B,)`.
+        """
+        data, f = self.data, self.factors
+        batch, n, count = r1.shape
+        k, most = r2.shape[1], f.S.shape[1]
+        right = np.zeros((batch, count, most))
+        right[:, :, :k] = r2.transpose(1, 2).numpy()
+        x, y, error = np.empty((batch, count, n)), np.empty((batch, count, most)), np.empty(batch)
+        Q, C, left = _array(data.Q), _array(data.C), _array(r1.transpose(1, 2))
+        lapack = _lapack()
+
+        def run(start: int, stop: int) -> None:
+            kernels.differentiate_range(
+                lapack, LETTERS, start, stop, Q, C, f.L, f.X, f.scale, f.S, f.index, f.count, left, right, x, y, error
+            )
+
+        over_batch(run, batch, work=count * (6.0 * n * n + 1e3))
+        out = torch.from_numpy(x).transpose(1, 2), torch.from_numpy(y)[:, :, :k].transpose(1, 2)
+        return *out, torch.from_numpy(error)
+
+
+def finish(data: Data, solved: Solved) -> Finished:
+    """Everything that a batch needs whose every problem was solved: nothing is left to compute."""
+    count, index = torch.from_numpy(solved.factors.count), torch.from_numpy(solved.factors.index)
+    width = int(count.amax())
+    rows = Rows(index=index[:, :width], valid=torch.arange(width) < count.unsqueeze(-1))
+    names = ("primal", "dual", "gap", "objective", "scaled")
+    judged = Residuals(**dict(zip(names, solved.report.unbind(1), strict=True)))
+    return Finished(factor=CompiledFactor(data=data, factors=solved.factors, rows=rows), s=solved.s, judged=judged)
+
+
+@lru_cache(maxsize=1)
+def _lapack() -> Lapack:
+    return load()
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.contiguous().numpy()
