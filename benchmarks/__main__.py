@@ -50,7 +50,7 @@ def _compare(n: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     workload = optnet(n, batch, seed=options.seed)
     print(workload.name, file=sys.stderr)
     truth = exact(workload.problem, workload.grad_z)
-    contestants: list[Contestant] = [Engine(), Qpth(), Proxsuite()]
+    contestants: list[Contestant] = [Engine(), Engine("pdipm"), Qpth(), Proxsuite()]
     for contestant in contestants:
         contestant.prepare(workload)
     times = time_together(contestants, budget_s=2 if options.quick else 12, most=5 if options.quick else 40)

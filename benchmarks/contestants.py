@@ -63,9 +63,8 @@ class Contestant(Protocol):
 class Engine:
     """argrad's engine in this process, gradients formed as the reply `gradients: "full"` forms them."""
 
-    name = "argrad"
-
     def __init__(self, solver: str = "auto") -> None:
+        self.name = "argrad" if solver == "auto" else f"argrad {solver}"
         self.solver = solver
         self.settings = f"solver {solver}, tolerance 1e-8"
 

@@ -23,6 +23,7 @@ class RemoteStep:
 
     Args:
         name: Of the workload.
+        solver: That solved it.
         engine_ms: The engine alone, called in this process.
         in_process_ms: The layer over `Client("local")`.
         remote_ms: The same layer over HTTP, gradients from the adjoint.
@@ -30,6 +31,7 @@ class RemoteStep:
     """
 
     name: str
+    solver: str
     engine_ms: float
     in_process_ms: float
     remote_ms: float
@@ -39,16 +41,19 @@ class RemoteStep:
 def time_remote(url: str, *, seed: int, quick: bool) -> list[RemoteStep]:
     """Time a small step, where only the way counts, and a large one, where megabytes travel."""
     budget_s = 2.0 if quick else 15.0
-    workloads = (two_variables(), optnet(100, 128, seed=seed))
+    large = optnet(100, 128, seed=seed)
+    cases = ((two_variables(), "auto"), (two_variables(), "pdipm"), (large, "auto"), (large, "pdipm"))
     with argrad.Client(url) as remote, argrad.Client("local") as local:
-        return [_time(workload, local, remote, budget_s=budget_s, most=1000) for workload in workloads]
+        return [_time(w, solver, local, remote, budget_s=budget_s, most=1000) for w, solver in cases]
 
 
-def _time(workload: Workload, local: argrad.Client, remote: argrad.Client, *, budget_s: float, most: int) -> RemoteStep:
+def _time(
+    workload: Workload, solver: str, local: argrad.Client, remote: argrad.Client, *, budget_s: float, most: int
+) -> RemoteStep:
     steps: dict[str, Callable[[], object]] = {
-        "engine_ms": lambda: _engine_step(workload),
-        "in_process_ms": _layer_step(workload, local),
-        "remote_ms": _layer_step(workload, remote),
+        "engine_ms": lambda: _engine_step(workload, solver),
+        "in_process_ms": _layer_step(workload, solver, local),
+        "remote_ms": _layer_step(workload, solver, remote),
     }
     for step in steps.values():
         step()
@@ -60,19 +65,20 @@ def _time(workload: Workload, local: argrad.Client, remote: argrad.Client, *, bu
         for name, step in steps.items():
             taken[name].append(elapsed_ms(step))
         turns += 1
-    return RemoteStep(name=workload.name, repeats=turns, **{name: median(times) for name, times in taken.items()})
+    medians = {name: median(times) for name, times in taken.items()}
+    return RemoteStep(name=workload.name, solver=solver, repeats=turns, **medians)
 
 
-def _engine_step(workload: Workload) -> None:
+def _engine_step(workload: Workload, solver: str) -> None:
     problem, grad_z = workload.problem, workload.grad_z
-    outcome = engine.solve(problem)
+    outcome = engine.solve(problem, solver=solver)
     adjoint = engine.vjp(outcome, {"z": grad_z.reshape(-1, problem.n)}).adjoint
     parameters = problem.parameters()
     gradients(outcome.solution, adjoint, wrt=parameters, batched=[k for k in parameters if problem.is_batched(k)])
 
 
-def _layer_step(workload: Workload, client: argrad.Client) -> Callable[[], object]:
-    layer = argrad.nn.QPLayer(client, gradients="adjoint")
+def _layer_step(workload: Workload, solver: str, client: argrad.Client) -> Callable[[], object]:
+    layer = argrad.nn.QPLayer(client, solver=solver, gradients="adjoint")
     given = workload.problem.parameters()
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
     arguments = [leaves.get(name) for name in PARAMETERS]

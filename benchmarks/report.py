@@ -56,7 +56,7 @@ def _remote(steps: Sequence[Record]) -> list[str]:
     rows = []
     for step in steps:
         cells = (
-            step["name"],
+            f"{step['name']}, {step['solver']}",
             _number(step["engine_ms"]),
             _number(step["in_process_ms"]),
             _number(step["remote_ms"]),

@@ -89,7 +89,7 @@ def test_tables_show_ratios():
     row = {"kkt_residual": 1e-14, "z_worst": 2e-14, "gradient_worst": 3e-13, "gradient_median": 4e-14}
     own = {"name": "argrad", "forward_ms": 10.0, "backward_ms": 2.0, **row}
     peer = {"name": "qpth", "forward_ms": 29.0, "backward_ms": 1.0, **row}
-    step = {"name": "2 variables", "engine_ms": 1.0, "in_process_ms": 2.0, "remote_ms": 5.0}
+    step = {"name": "2 variables", "solver": "auto", "engine_ms": 1.0, "in_process_ms": 2.0, "remote_ms": 5.0}
     text = render(
         {
             "commit": "abc",
@@ -102,5 +102,5 @@ def test_tables_show_ratios():
         }
     )
     assert "| n = m = 10 | qpth | 29.0 | 1.00 | 2.50 | 1e-14 | 2e-14 | 3e-13 (4e-14) |" in text
-    assert "| 2 variables | 1.00 | 2.00 | 5.00 | 2.50 | 3.00 |" in text
+    assert "| 2 variables, auto | 1.00 | 2.00 | 5.00 | 2.50 | 3.00 |" in text
     assert "seed 7" in text
