@@ -400,3 +400,17 @@ def test_pivoting_stops_for_a_caller_that_gives_up() -> None:
     known = draw(Case("stop", 5, 4, 0), 1)
     with pytest.raises(engine.Stopped):
         engine.solve(known.problem, solver="pivoting", options=SolverOptions(should_stop=lambda: True))
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_the_kernels_call_lapack_by_its_rules_where_nothing_is_active(
+    rows: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """LAPACK prints what it finds illegal, such as a leading dimension of 0, and goes on."""
+    Q, q = torch.eye(3, dtype=F64).repeat(2, 1, 1), torch.ones(2, 3, dtype=F64)
+    G, h = torch.ones(2, rows, 3, dtype=F64), torch.ones(2, rows, dtype=F64)
+    forward = engine.solve(QP(Q=Q, q=q, G=G, h=h), solver="pivoting")
+    pulled = engine.vjp(forward, {"z": torch.ones(2, 3, dtype=F64)})
+    torch.testing.assert_close(forward.solution.z, -q)
+    torch.testing.assert_close(pulled.adjoint.z, -torch.ones(2, 3, dtype=F64))
+    assert capfd.readouterr() == ("", "")

@@ -75,6 +75,8 @@ def cholesky(lapack, matrix, n, work):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def solve_rows(lapack, lower, rows, work):  # type: ignore[no-untyped-def]
     """Each row x of `rows` `(r, n)` becomes L⁻¹x."""
+    if rows.shape[0] == 0:  # BLAS calls a leading dimension of 0 an error, here and below
+        return
     integers, letters, doubles = work
     integers[0], integers[1] = rows.shape[1], rows.shape[0]
     integers[2], integers[3] = lower.shape[1], rows.shape[1]
@@ -99,6 +101,8 @@ def solve_rows(lapack, lower, rows, work):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def gram(lapack, rows, out, work):  # type: ignore[no-untyped-def]
     """Lower triangle of `out` `(r, r)`: inner products of the rows."""
+    if rows.shape[0] == 0:
+        return
     integers, letters, doubles = work
     integers[0], integers[1] = rows.shape[0], rows.shape[1]
     integers[2], integers[3] = rows.shape[1], out.shape[1]
@@ -121,6 +125,8 @@ def solve_upper(lapack, lower, n, x, work):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def _triangular(lapack, lower, n, x, letter, work):  # type: ignore[no-untyped-def]
+    if n == 0:
+        return
     integers, letters, _ = work
     integers[0], integers[1], integers[2] = n, lower.shape[1], 1
     i, c = integers.ctypes.data, letters.ctypes.data
