@@ -30,8 +30,8 @@ class SolverOptions:
 
     Args:
         tolerance: Bound on the scaled KKT residuals at which a problem is optimal.
-        max_iterations: Bound on the iterations of one problem.
-        should_stop: Asked between two iterations.
+        max_iterations: Bound on the iterations of one problem; `pivoting` has bounds of its own on rounds and steps.
+        should_stop: Asked between two iterations; by `pivoting` once, before its kernels run.
     """
 
     tolerance: float = 1e-8

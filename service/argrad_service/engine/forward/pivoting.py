@@ -30,7 +30,7 @@ def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # n
         warm: Not used.
 
     Raises:
-        Stopped: options.should_stop() was true before the start or after the kernels.
+        Stopped: options.should_stop() was true before the start. The kernels, once begun, are not interrupted.
     """
     if options.should_stop():
         raise Stopped

@@ -20,7 +20,7 @@ _blas = threading.Lock()
 
 
 def over_batch(kernel: Callable[[int, int], None], batch: int, *, work: float) -> None:
-    """Run a kernel over ranges of a batch on all cores; the caller's thread is one of the workers.
+    """Run a kernel over ranges of a batch on all cores while the caller waits; a small batch runs in its own thread.
 
     Args:
         kernel: Called with the first problem and one behind the last of each range.
