@@ -55,6 +55,7 @@ def kkt_residual(problem: QP, z: Float[Tensor, "batch n"], lam: Float[Tensor, "b
     ‖Qz + q + Gᵀλ‖∞ / (1 + max(‖Qz‖∞, ‖q‖∞, ‖Gᵀλ‖∞)),  ‖min(λ, h − Gz)‖∞ / (1 + max(‖h‖∞, ‖Gz‖∞, ‖λ‖∞)).
     The second is zero exactly if λ ≥ 0, Gz ≤ h and λ∘(h − Gz) = 0.
     """
+    assert problem.Q is not None
     assert problem.G is not None
     assert problem.h is not None
     terms = [(problem.Q @ z.unsqueeze(-1)).squeeze(-1), problem.q, (problem.G.mT @ lam.unsqueeze(-1)).squeeze(-1)]

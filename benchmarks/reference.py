@@ -54,8 +54,8 @@ def exact(problem: QP, grad_z: Float[Tensor, "batch n"]) -> Exact:
     Raises:
         ArithmeticError: the optimality conditions do not hold to 1e-9 at a point that was found.
     """
-    if problem.G is None or problem.h is None or problem.A is not None:
-        raise ValueError("the reference takes inequalities and no equalities")
+    if problem.Q is None or problem.G is None or problem.h is None or problem.A is not None:
+        raise ValueError("the reference takes QPs with inequalities and no equalities")
     data = [t.numpy() for t in (problem.Q, problem.q, problem.G, problem.h, grad_z)]
     rows = [_one(*(part[i] for part in data)) for i in range(len(grad_z))]
     z, lam, d_z, mu = (torch.from_numpy(np.stack([row[k] for row in rows])) for k in range(4))

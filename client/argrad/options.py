@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from argrad.problems import check_names
-from argrad.wire.documents import validate
+from argrad.validation import validate
 from argrad.wire.messages import DifferentiationDocument, Gradients, SolverDocument, SolveRequest
 
 OnFailure = Literal["raise", "nan", "zero_grad"]
@@ -21,21 +22,32 @@ class Options:
         tolerance: Bound on the scaled KKT residuals at which a problem counts as optimal, from 1e-12 to 0.1.
         max_iterations: Bound on the iterations of one problem, from 1 to 10 000.
         method: A differentiation method of `Client.solvers()`, or `auto`.
+        solver_options: Options of that solver alone, by name, as `Client.solvers()` lists them.
+        method_options: Options of that method alone.
 
     Raises:
-        ProblemError: a value is out of range, in the service's own words.
+        ProblemError: a value is out of range, in the service's own words. Own options are checked where the problem is
+            solved.
     """
 
     solver: str = "auto"
     tolerance: float = 1e-8
     max_iterations: int = 100
     method: str = "auto"
+    solver_options: Mapping[str, bool | float | str] = field(default_factory=dict)
+    method_options: Mapping[str, bool | float | str] = field(default_factory=dict)
     solver_document: SolverDocument = field(init=False, repr=False, compare=False)
     differentiation_document: DifferentiationDocument = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        solver = {"name": self.solver, "tolerance": self.tolerance, "max_iterations": self.max_iterations}
-        checked = validate(SolveRequest, {"solver": solver, "differentiation": {"method": self.method}})
+        solver = {
+            "name": self.solver,
+            "tolerance": self.tolerance,
+            "max_iterations": self.max_iterations,
+            "options": dict(self.solver_options),
+        }
+        differentiation = {"method": self.method, "options": dict(self.method_options)}
+        checked = validate(SolveRequest, {"solver": solver, "differentiation": differentiation})
         object.__setattr__(self, "solver_document", checked.solver)
         object.__setattr__(self, "differentiation_document", checked.differentiation)
 

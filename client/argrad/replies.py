@@ -62,8 +62,15 @@ def read_report(document: ReportDocument, tensors: TensorMap, timings_ms: dict[s
     except ValueError as error:
         raise _unknown(error) from None
     numbers = {name.removeprefix("report."): t for name, t in tensors.items() if name.startswith("report.")}
-    known = {name: numbers.get(name) for name in _NUMBERS}
-    return Report(solver=document.solver, method=document.method, flags=flags, timings_ms=timings_ms, **known)
+    known = {name: numbers.pop(name, None) for name in _NUMBERS}
+    return Report(
+        solver=document.solver,
+        method=document.method,
+        flags=flags,
+        measures=numbers,
+        timings_ms=timings_ms,
+        **known,
+    )
 
 
 def _unknown(error: ValueError) -> ProtocolError:

@@ -29,6 +29,7 @@ class Report:
         dual_residual: ‖Qz + q + Aᵀν + Gᵀλ‖∞.
         gap: Duality gap.
         objective: ½zᵀQz + qᵀz.
+        measures: What the solver or the method measured beyond those, one number a problem, by name.
         timings_ms: What each stage took where the problem was solved, in milliseconds.
     """
 
@@ -40,6 +41,7 @@ class Report:
     dual_residual: Float[Tensor, "*batch"] | None = None
     gap: Float[Tensor, "*batch"] | None = None
     objective: Float[Tensor, "*batch"] | None = None
+    measures: Blocks = field(default_factory=dict)
     timings_ms: dict[str, float] = field(default_factory=dict)
 
 

@@ -18,7 +18,7 @@ from argrad._version import __version__
 from argrad.wire.messages import SolverDocument, SolveRequest
 from argrad_service import engine as default_engine
 from argrad_service.admission import Limits
-from argrad_service.engine.outcome import Stopped, never_stop
+from argrad_service.engine.options import Stopped, never_stop
 from argrad_service.http import openapi
 from argrad_service.http.envelope import Envelope
 from argrad_service.http.exchange import OWNER, Exchange

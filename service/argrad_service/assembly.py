@@ -85,10 +85,13 @@ def solved(form: Form, forward: Forward) -> TensorMap:
     return _named("solution", blocks, form) | report_tensors(form, forward)
 
 
-def report_tensors(form: Form, forward: Forward) -> TensorMap:
+def report_tensors(form: Form, forward: Forward, differentiated: Backward | Tangents | None = None) -> TensorMap:
     """`report.*`: one number a problem; float64 whatever the caller's dtype, iterations int64."""
     names = ("iterations", "primal_residual", "dual_residual", "gap", "objective")
     numbers = {f"report.{name}": getattr(forward, name) for name in names}
+    for outcome in (forward, differentiated):
+        if outcome is not None:
+            numbers |= {f"report.{name}": values for name, values in outcome.measures.items()}
     if form.batch_size is None:
         return {name: tensor[0] for name, tensor in numbers.items()}
     return numbers

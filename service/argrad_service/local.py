@@ -15,7 +15,7 @@ from argrad.errors import DeadlineExceededError, StateGoneError
 from argrad.wire.messages import JvpReply, JvpRequest, SolveReply, SolveRequest, TensorMap, VjpReply, VjpRequest
 from argrad_service import engine as default_engine
 from argrad_service.admission import Limits
-from argrad_service.engine.outcome import Stopped
+from argrad_service.engine.options import Stopped
 from argrad_service.operations import Engine, Operations, Reply, Run
 from argrad_service.state import MemoryStateStore, StateGone, TokenSigner
 

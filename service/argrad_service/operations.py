@@ -33,7 +33,8 @@ from argrad.wire.messages import (
 )
 from argrad_service import assembly
 from argrad_service.admission import Limits, Size, TooLarge, check_iterations, check_reply
-from argrad_service.engine.outcome import Backward, Forward, ShouldStop, SolverOptions, Tangents
+from argrad_service.engine.options import ShouldStop, SolverOptions
+from argrad_service.engine.outcome import Backward, Forward, Tangents
 from argrad_service.kept import Kept, versions_of
 from argrad_service.state import StateStore
 
@@ -69,11 +70,25 @@ class Engine(Protocol):
         """Take over a point that someone else computed."""
         ...
 
-    def vjp(self, forward: Forward, upstream: Mapping[str, Tensor], *, method: str = ...) -> Backward:
+    def vjp(
+        self,
+        forward: Forward,
+        upstream: Mapping[str, Tensor],
+        *,
+        method: str = ...,
+        options: Mapping[str, Any] | None = ...,
+    ) -> Backward:
         """Form the adjoint."""
         ...
 
-    def jvp(self, forward: Forward, tangents: Mapping[str, Tensor], *, method: str = ...) -> Tangents:
+    def jvp(
+        self,
+        forward: Forward,
+        tangents: Mapping[str, Tensor],
+        *,
+        method: str = ...,
+        options: Mapping[str, Any] | None = ...,
+    ) -> Tangents:
         """Push tangents forward."""
         ...
 
@@ -143,6 +158,7 @@ class Operations:
                 with _stage(timings, "differentiate"):
                     backward = self._vjp(forward, cotangent, request.differentiation)
                     out |= assembly.gradients(form, forward, backward, request, wrt)
+                    out |= assembly.report_tensors(form, forward, backward)
             token = None
             if keep:
                 kept = Kept(form, forward, versions)
@@ -187,7 +203,7 @@ class Operations:
             with _stage(timings, "differentiate"):
                 forward = self._forward(form, place, request.solver, should_stop)
                 backward = self._vjp(forward, cotangent, request.differentiation)
-                out = assembly.report_tensors(form, forward)
+                out = assembly.report_tensors(form, forward, backward)
                 out |= assembly.gradients(form, forward, backward, request, wrt)
             reply = VjpReply(
                 report=assembly.report(form, forward, backward),
@@ -225,8 +241,9 @@ class Operations:
         def run(should_stop: ShouldStop, timings: Timings) -> tuple[JvpReply, TensorMap]:
             with _stage(timings, "differentiate"):
                 forward = self._forward(form, place, request.solver, should_stop)
-                tangents = self._engine.jvp(forward, canonical, method=request.differentiation.method)
-                out = assembly.report_tensors(form, forward)
+                method = request.differentiation
+                tangents = self._engine.jvp(forward, canonical, method=method.method, options=method.options)
+                out = assembly.report_tensors(form, forward, tangents)
                 out |= assembly.tangents(form, forward, tangents, request.failed_gradients)
             reply = JvpReply(
                 report=assembly.report(form, forward, tangents),
@@ -282,7 +299,8 @@ class Operations:
     def _vjp(
         self, forward: Forward, cotangent: assembly.Cotangent, differentiation: DifferentiationDocument
     ) -> Backward:
-        return self._engine.vjp(forward, cotangent.canonical(forward), method=differentiation.method)
+        upstream, own = cotangent.canonical(forward), differentiation.options
+        return self._engine.vjp(forward, upstream, method=differentiation.method, options=own)
 
 
 def _section(tensors: Mapping[str, Tensor], section: str) -> dict[str, Tensor]:
@@ -291,7 +309,12 @@ def _section(tensors: Mapping[str, Tensor], section: str) -> dict[str, Tensor]:
 
 
 def _options(solver: SolverDocument, should_stop: ShouldStop) -> SolverOptions:
-    return SolverOptions(tolerance=solver.tolerance, max_iterations=solver.max_iterations, should_stop=should_stop)
+    return SolverOptions(
+        tolerance=solver.tolerance,
+        max_iterations=solver.max_iterations,
+        should_stop=should_stop,
+        own=solver.options,
+    )
 
 
 @contextmanager

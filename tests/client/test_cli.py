@@ -100,7 +100,7 @@ def test_solve_without_a_file() -> None:
 def test_solvers(service_url: str) -> None:
     result = run("solvers", "--url", service_url)
     assert result.exit_code == 0
-    assert all(word in result.stdout for word in ("pdipm", "qp_two_sided", "kkt", "cpu"))
+    assert all(word in result.stdout for word in ("pdipm", "qp", "lp", "kkt", "cpu"))
 
 
 def test_doctor(service_url: str) -> None:

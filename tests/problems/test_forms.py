@@ -385,8 +385,8 @@ WRONG = {
         OSQP | {"Q": EYE},
         r"problem\.Q: found an unknown parameter, wanted one of P, q",
     ),
-    "Q-missing": ("qp", {"q": EYE[0]}, r"problem\.Q: found nothing, wanted a tensor of shape \(n, n\) or \(B, n, n\)"),
-    "P-missing": ("qp_two_sided", {"q": EYE[0]}, r"problem\.P: found nothing, wanted a tensor of shape \(n, n\)"),
+    "q-missing": ("qp", {"Q": EYE}, r"problem\.q: found nothing, wanted a tensor of shape \(n,\) or \(B, n\)"),
+    "q-missing-two-sided": ("qp_two_sided", {"P": EYE}, r"problem\.q: found nothing, wanted a tensor of shape \(n,\)"),
     "lb-size": ("qp", BASE | {"lb": tensor([1.0])}, r"problem\.lb: found shape \(1,\), wanted \(3,\) or \(B, 3\)"),
     "lb-dtype": (
         "qp",

@@ -49,7 +49,6 @@ def test_a_matrix_without_rows_is_absent(G: Tensor | None, h: Tensor | None) -> 
 
 
 WRONG = {
-    "Q-missing": ({"Q": None}, r"problem\.Q: found nothing, wanted a tensor of shape \(n, n\) or \(B, n, n\)"),
     "q-missing": ({"q": None}, r"problem\.q: found nothing, wanted a tensor of shape \(n,\) or \(B, n\)"),
     "list": ({"q": [1.0, 2.0]}, r"problem\.q: found list, wanted a torch\.Tensor"),
     "list-for-G": ({"G": [[1.0]]}, r"problem\.G: found list, wanted a torch\.Tensor"),

@@ -21,7 +21,8 @@ from argrad.wire import SAFETENSORS, decode, encode
 from argrad.wire.messages import Message, TensorMap
 from argrad_service import engine
 from argrad_service.app import create_app
-from argrad_service.engine.outcome import Forward, SolverOptions
+from argrad_service.engine.options import SolverOptions
+from argrad_service.engine.outcome import Forward
 from argrad_service.http.logs import make_logger
 from argrad_service.settings import Settings
 

@@ -101,7 +101,23 @@ JSON_ROWS = {
         {"problem": {name: value for name, value in simplex().items() if name != "b"}},
         (422, "invalid", "problem.b", "nothing", "problem.A is given"),
     ),
-    "no Q": ({"problem": {"q": [1, 1]}}, (422, "invalid", "problem.Q", "nothing", "(n, n) or (B, n, n)")),
+    "no q": ({"problem": {"Q": [[1]]}}, (422, "invalid", "problem.q", "nothing", "(n,) or (B, n)")),
+    "options of a solver that has none": (
+        {"problem": simplex(), "solver": {"name": "pdipm", "options": {"rho": 1}}},
+        (422, "invalid", "solver.options.rho", "an unknown field", "none: there are no options"),
+    ),
+    "options of auto": (
+        {"problem": simplex(), "solver": {"options": {"rho": 1}}},
+        (422, "invalid", "solver.options", "options for auto", "a solver by name"),
+    ),
+    "options of the automatic method": (
+        {"problem": simplex(), "upstream": {"z": [1, 0]}, "differentiation": {"options": {"k": 1}}},
+        (422, "invalid", "differentiation.options", "options for auto", "a method by name"),
+    ),
+    "an option that is a list": (
+        {"problem": simplex(), "solver": {"name": "pdipm", "options": {"rho": [1]}}},
+        (422, "invalid", "solver.options", "a list of 1", "a number, a string"),
+    ),
     "an unknown parameter": (
         {"problem": simplex() | {"C": [1]}},
         (422, "invalid", "problem.C", "an unknown parameter", "one of Q, q, G, h, A, b"),

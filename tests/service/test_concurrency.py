@@ -19,7 +19,7 @@ import torch
 
 from argrad.wire import JSON, SAFETENSORS, encode
 from argrad.wire.messages import SolveRequest
-from argrad_service.engine.outcome import SolverOptions, Stopped
+from argrad_service.engine.options import SolverOptions, Stopped
 from argrad_service.http.protocol import GuardedProtocol
 from tests.service.support import D, HookedEngine, make_app, serving, simplex, wait_until
 

@@ -10,7 +10,7 @@ import torch
 from argrad.backend import ENTRY_POINT_GROUP, Call
 from argrad.errors import DeadlineExceededError, ProblemError, StateGoneError
 from argrad.wire.messages import JvpRequest, SolveRequest, VjpRequest
-from argrad_service.engine.outcome import SolverOptions, Stopped
+from argrad_service.engine.options import SolverOptions, Stopped
 from argrad_service.local import LocalBackend, create_backend
 from tests.service.support import HookedEngine, projection, tensor
 

@@ -19,7 +19,7 @@ from argrad.wire.messages import (
 )
 from argrad_service import engine
 from argrad_service.admission import Limits, Size, TooLarge
-from argrad_service.engine.outcome import never_stop
+from argrad_service.engine.options import never_stop
 from argrad_service.operations import Operations
 from argrad_service.state import MemoryStateStore, StateGone, TokenSigner
 from tests.service.support import D, projection, tensor

@@ -159,7 +159,7 @@ WRONG = {
     ),
     "unknown-inside": (
         '{"solver": {"nam": "x"}}',
-        r"solver\.nam: found an unknown field, wanted one of name, tolerance, max_iterations$",
+        r"solver\.nam: found an unknown field, wanted one of name, tolerance, max_iterations, options$",
     ),
     "section-not-object": ('{"problem": 3}', "problem: found 3, wanted an object"),
     "kind": ('{"problem": {"kind": "lp"}}', r"problem\.kind: found \"lp\", wanted 'qp' or 'qp_two_sided'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,6 +26,8 @@ class QPLayer(nn.Module):
         tolerance: Bound on the scaled KKT residuals at which a problem counts as solved.
         max_iterations: Bound on the iterations of one problem.
         method: A differentiation method of `Client.solvers()`, or `auto`.
+        solver_options: Options of that solver alone; see `argrad.Options`.
+        method_options: Options of that method alone.
         on_failure: `raise`, `nan` or `zero_grad`; see `argrad.solve_qp`.
         gradients: `adjoint` or `full`; see there.
         timeout_s: Seconds for each solve, and each backward; by default the client's.
@@ -41,6 +45,8 @@ class QPLayer(nn.Module):
         tolerance: float = 1e-8,
         max_iterations: int = 100,
         method: str = "auto",
+        solver_options: Mapping[str, bool | float | str] | None = None,
+        method_options: Mapping[str, bool | float | str] | None = None,
         on_failure: OnFailure = "raise",
         gradients: Gradients = "adjoint",
         timeout_s: float | None = None,
@@ -49,7 +55,14 @@ class QPLayer(nn.Module):
         super().__init__()
         check_choices(on_failure, gradients)
         check_timeout(timeout_s)
-        self.options = Options(solver=solver, tolerance=tolerance, max_iterations=max_iterations, method=method)
+        self.options = Options(
+            solver=solver,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            method=method,
+            solver_options=solver_options or {},
+            method_options=method_options or {},
+        )
         self.on_failure, self.gradients = on_failure, gradients
         self.timeout_s, self.return_duals = timeout_s, return_duals
         self.client = Client(client) if isinstance(client, str) else client

@@ -33,7 +33,8 @@ class QP:
     """A batch of quadratic programs with n variables, m inequalities and p equalities.
 
     Args:
-        Q: `(n, n)` or `(B, n, n)`, read as its symmetric part, which must be positive semidefinite.
+        Q: `(n, n)` or `(B, n, n)`, read as its symmetric part, which must be positive semidefinite; None in a linear
+            program.
         q: `(n,)` or `(B, n)`.
         G: `(m, n)` or `(B, m, n)`; None together with `h` where there are no inequalities.
         h: `(m,)` or `(B, m)`; +inf says that the row does not bind.
@@ -46,7 +47,7 @@ class QP:
         ProblemError: a rank, a size, a dtype or a device does not fit the others.
     """
 
-    Q: Float[Tensor, "*#batch n n"]
+    Q: Float[Tensor, "*#batch n n"] | None = None
     q: Float[Tensor, "*#batch n"]
     G: Float[Tensor, "*#batch m n"] | None = None
     h: Float[Tensor, "*#batch m"] | None = None
@@ -55,8 +56,7 @@ class QP:
 
     def __post_init__(self) -> None:
         parameters: dict[str, Tensor | None] = {name: getattr(self, name) for name in PARAMETERS}
-        for name in ("Q", "q"):
-            require(parameters, name, DIMENSIONS)
+        require(parameters, "q", DIMENSIONS)
         for matrix, vector in (("G", "h"), ("A", "b")):
             parameters = without_empty(parameters, matrix, vector)
             object.__setattr__(self, matrix, parameters[matrix])

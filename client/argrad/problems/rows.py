@@ -34,7 +34,7 @@ from argrad.problems.shapes import batch_size, check_finite, check_parameters, r
 class Canonical(NamedTuple):
     """The parameters of a `QP`, not checked again: differentiable functions of what they were made from."""
 
-    Q: Tensor
+    Q: Tensor | None
     q: Tensor
     G: Tensor | None
     h: Tensor | None
@@ -107,7 +107,7 @@ class RowMap:
 
 
 def with_bounds(
-    Q: Tensor,
+    Q: Tensor | None,
     q: Tensor,
     G: Tensor | None = None,
     h: Tensor | None = None,
@@ -143,7 +143,7 @@ def with_bounds(
 
 
 def with_two_sided(
-    P: Tensor, q: Tensor, A: Tensor | None = None, l: Tensor | None = None, u: Tensor | None = None
+    P: Tensor | None, q: Tensor, A: Tensor | None = None, l: Tensor | None = None, u: Tensor | None = None
 ) -> tuple[Canonical, RowMap]:
     """Turn ½xᵀPx + qᵀx, l ≤ Ax ≤ u into a canonical QP, by differentiable operations; see `with_bounds`.
 
@@ -169,8 +169,7 @@ def check_bounded(given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     Raises:
         ProblemError: one is missing, or a shape, dtype or device does not fit.
     """
-    for name in ("Q", "q"):
-        require(given, name, BOUNDED)
+    require(given, "q", BOUNDED)
     for matrix, vector in (("G", "h"), ("A", "b")):
         given = without_empty(given, matrix, vector)
     check_parameters(given, BOUNDED)
@@ -183,8 +182,7 @@ def check_two_sided(given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     Raises:
         ProblemError: one is missing, or a shape, dtype or device does not fit.
     """
-    for name in ("P", "q"):
-        require(given, name, TWO_SIDED)
+    require(given, "q", TWO_SIDED)
     for side in [name for name in ("l", "u") if given.get(name) is not None] or ["u"]:
         given = without_empty(given, "A", side)
     check_parameters(given, TWO_SIDED)
@@ -198,7 +196,7 @@ def append_bounds(parameters: Mapping[str, Tensor]) -> tuple[Canonical, RowMap]:
     rows = [_unit_rows(index, q) for index in (row_map.lower, row_map.upper, row_map.equal)]
     G, h, A, b = _sides(row_map, rows, parameters.get("lb"), parameters.get("ub"))
     canonical = Canonical(
-        parameters["Q"],
+        parameters.get("Q"),
         q,
         _below(parameters.get("G"), G, rank=2),
         _below(parameters.get("h"), h, rank=1),
@@ -214,7 +212,7 @@ def split_rows(parameters: Mapping[str, Tensor]) -> tuple[Canonical, RowMap]:
     A = parameters.get("A")
     rows = [] if A is None else [A[..., index, :] for index in (row_map.lower, row_map.upper, row_map.equal)]
     sides = _sides(row_map, rows, parameters.get("l"), parameters.get("u"))
-    canonical = Canonical(parameters["P"], parameters["q"], *sides)
+    canonical = Canonical(parameters.get("P"), parameters["q"], *sides)
     return _keep_batch(canonical, batch_size(parameters, TWO_SIDED)), row_map
 
 

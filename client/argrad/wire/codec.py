@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from argrad.validation import validate
 from argrad.wire import json, safetensors
-from argrad.wire.documents import M, check_tensor_name, parse_object, validate
+from argrad.wire.documents import check_tensor_name, parse_object
 from argrad.wire.errors import UnreadableBodyError
-from argrad.wire.messages import Message, TensorMap
+from argrad.wire.messages import M, Message, TensorMap
 from argrad.wire.negotiation import JSON, body_format
 
 _DOCUMENT = "argrad"

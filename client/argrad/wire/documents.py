@@ -1,24 +1,18 @@
-"""From bytes to a checked document, and from pydantic's complaints to ours."""
+"""From bytes to a JSON object, and the places of tensors in it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import orjson
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from argrad.errors import ProblemError
+from argrad.validation import field_name, in_words
 from argrad.wire.errors import UnreadableBodyError
 from argrad.wire.messages import Message
 
-M = TypeVar("M", bound=Message)
-
 _MAX_MEMBERS = 1000
-_BOUNDS = {"ge": ">=", "le": "<=", "gt": ">", "lt": "<"}
-_WANTED_BY_ERROR = {"missing": "a value", "model_type": "an object", "dict_type": "an object"}
 
 
 def parse_object(where: str, text: bytes | bytearray | str) -> dict[str, Any]:
@@ -81,54 +75,6 @@ def _members(value: dict[str, Any]) -> int:
     return len(value) + sum(_members(member) for member in value.values() if isinstance(member, dict))
 
 
-def validate(model: type[M], document: dict[str, Any]) -> M:
-    """Turn a parsed JSON object into a message.
-
-    Raises:
-        ProblemError: names the first field that is wrong; for an unknown one, lists those that are known.
-    """
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    path, known = _resolve(model, first["loc"])
-    field = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        raise ProblemError(field, "an unknown field", known)
-    found = "nothing" if first["type"] == "missing" else in_words(first["input"])
-    wanted = _WANTED_BY_ERROR.get(first["type"], first["msg"].removeprefix("Input should be "))
-    for bound, sign in _BOUNDS.items():
-        if bound in first.get("ctx", {}):
-            wanted = f"a number {sign} {first['ctx'][bound]}"
-    raise ProblemError(field, found, wanted)
-
-
-def _resolve(model: type[Message], location: Iterable[int | str]) -> tuple[list[str], str]:
-    """Dotted path of a pydantic error without its union tags, and what is known at its last object."""
-    path: list[str] = []
-    inside: type[Message] | None = model
-    known = _known(model)
-    for part in location:
-        if inside is None and isinstance(part, str) and path:
-            break
-        path.append(field_name(str(part)))
-        if inside is not None:
-            known = _known(inside)
-            inside = _model_of(inside.model_fields.get(str(part)))
-    return path, known
-
-
-def _model_of(field: FieldInfo | None) -> type[Message] | None:
-    candidates = () if field is None else (field.annotation, *get_args(field.annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Message)), None)
-
-
-def _known(model: type[Message]) -> str:
-    fields = f"one of {', '.join(model.model_fields)}"
-    sections = ", ".join(f"{name}.*" for name in model.tensor_sections)
-    return f"{fields}; or tensors {sections}" if sections else fields
-
-
 def check_tensor_name(model: type[Message], name: str) -> None:
     """Refuse a tensor that the message has no place for.
 
@@ -140,19 +86,3 @@ def check_tensor_name(model: type[Message], name: str) -> None:
     if reserved is None or not leaf or leaf in reserved or "." in leaf:
         wanted = " or ".join(f"{s}.<name>" for s in model.tensor_sections)
         raise ProblemError(field_name(name), "a tensor of that name", wanted)
-
-
-def field_name(name: str) -> str:
-    """A name that came with the body, as messages print it: printable and at most 80 characters."""
-    shown = name if name.isprintable() else ascii(name)
-    return shown if len(shown) <= 80 else f"{shown[:79]}…"
-
-
-def in_words(value: object) -> str:
-    """A parsed JSON value as messages print it: short, and in JSON's own words."""
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, dict):
-        return "an object"
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from argrad.errors import ProblemError
-from argrad.wire.documents import M, check_tensor_name, field_name, in_words, parse_object, validate
+from argrad.validation import field_name, in_words, validate
+from argrad.wire.documents import check_tensor_name, parse_object
 from argrad.wire.errors import TooLargeError
-from argrad.wire.messages import Message, TensorMap
+from argrad.wire.messages import M, Message, TensorMap
 
 INTEGER_TENSORS = frozenset({"report.iterations"})
 """Tensors that hold counts: int64, and only integers are read."""

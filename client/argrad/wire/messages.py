@@ -13,7 +13,7 @@ dimension exactly if some parameter of the problem has it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -27,6 +27,9 @@ FailedGradients = Literal["nan", "zero"]
 Section = Mapping[str, frozenset[str]]
 _TENSORS_ONLY: frozenset[str] = frozenset()
 
+OwnOptions = Annotated[dict[str, bool | int | float | str], Field(max_length=32)]
+"""Options of one solver or one method, by name; the engine checks them."""
+
 
 class Message(BaseModel):
     """What every document has: no unknown field, no silent conversion, a protocol number."""
@@ -35,10 +38,13 @@ class Message(BaseModel):
     tensor_sections: ClassVar[Section] = {}
 
 
+M = TypeVar("M", bound=Message)
+
+
 class ProblemDocument(Message):
     """`problem`: its kind; the parameters travel as tensors beside it.
 
-    `qp` takes Q q G h A b and the bounds lb ub; `qp_two_sided` takes P q A l u.
+    `qp` takes Q q G h A b and the bounds lb ub; `qp_two_sided` takes P q A l u. Without Q, or P, it is an LP.
     """
 
     kind: Literal["qp", "qp_two_sided"] = "qp"
@@ -51,17 +57,25 @@ class SolverDocument(Message):
         name: A solver of `GET /v1/solvers`, or `auto`.
         tolerance: Bound on the scaled KKT residuals at which a problem counts as optimal.
         max_iterations: Bound on the iterations of one problem.
+        options: The solver's own options, as `GET /v1/solvers` lists them; `auto` has none.
     """
 
     name: str = "auto"
     tolerance: Annotated[float, Field(ge=1e-12, le=1e-1)] = 1e-8
     max_iterations: Annotated[int, Field(ge=1, le=10_000)] = 100
+    options: OwnOptions = {}
 
 
 class DifferentiationDocument(Message):
-    """`differentiation`: the method that forms the adjoint, by name, or `auto`."""
+    """`differentiation`: the method that forms the adjoint.
+
+    Args:
+        method: A method of `GET /v1/solvers`, or `auto`.
+        options: The method's own options, as `GET /v1/solvers` lists them; `auto` has none.
+    """
 
     method: str = "auto"
+    options: OwnOptions = {}
 
 
 class GradientOptions(Message):
@@ -131,7 +145,8 @@ REPORT_NAMES = frozenset({"solver", "method", "flags"})
 class ReportDocument(Message):
     """`report`: how the answer came about.
 
-    Tensors beside it, one number a problem: `iterations`, `primal_residual`, `dual_residual`, `gap`, `objective`.
+    Tensors beside it, one number a problem: `iterations`, `primal_residual`, `dual_residual`, `gap`, `objective`, and
+    what the solver or the method measured beyond those.
 
     Args:
         solver: Solver that ran.

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from argrad.errors import ProblemError
-from argrad.wire.documents import field_name, in_words, parse_strictly
+from argrad.validation import field_name, in_words
+from argrad.wire.documents import parse_strictly
 from argrad.wire.errors import UnreadableBodyError
 
 MAX_HEADER_BYTES = 1 << 20

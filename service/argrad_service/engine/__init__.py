@@ -8,16 +8,18 @@ rounds the result to the dtype that the caller sent.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from argrad.problems import QP, Solution
-from argrad_service.engine.data import Data, matvec, stack
+from argrad_service.engine.data import Data, stack
 from argrad_service.engine.finish import Guess
-from argrad_service.engine.outcome import Backward, Forward, SolverOptions, Stopped, Tangents
-from argrad_service.engine.point import point_of
-from argrad_service.engine.registry import AUTO, FALLBACK, find_method, find_solver
+from argrad_service.engine.options import SolverOptions, Stopped
+from argrad_service.engine.outcome import Backward, Forward, Tangents
+from argrad_service.engine.point import guess_at, point_of
+from argrad_service.engine.registry import AUTO, CALLER, FALLBACK, find_method, find_solver
 from argrad_service.engine.registry import describe as solvers
 from argrad_service.engine.solution import conclude
 
@@ -54,7 +56,7 @@ def solve(
     Args:
         problem: Finite data (`QP.check_finite`), any device; float32 is solved in float64.
         solver: Name of a solver, or `auto`.
-        options: Tolerance, iteration limit, and who asks to stop.
+        options: Tolerance, iteration limit, who asks to stop, and the solver's own options by name.
         warm_start: A point to begin with, such as the last solution of a similar batch; blocks `(B, ·)`.
         device: Where to solve; by default `default_device()`.
 
@@ -63,14 +65,14 @@ def solve(
         touches another's result.
 
     Raises:
-        ProblemError: there is no solver of that name.
+        ProblemError: there is no solver of that name, it does not take the problem, or an option is wrong.
         Stopped: `options.should_stop()` was true between two iterations.
     """
     options = options or SolverOptions()
     problem, data = _prepare(problem, device)
     warm = None if warm_start is None else _guess(data, warm_start)
-    chosen = find_solver(solver, data, warm)
-    point = chosen.solve(data, options, warm)
+    chosen, options = find_solver(solver, data, options, warm)
+    point = chosen.module.solve(data, options, warm)
     name = chosen.name
     if solver == AUTO and point.is_fallback is not None and bool(point.is_fallback.all()):
         name, point.is_fallback = FALLBACK, None
@@ -98,35 +100,51 @@ def at_point(
     options = options or SolverOptions()
     problem, data = _prepare(problem, device)
     guess = _guess(data, solution)
-    return conclude(problem, data, point_of(data, guess), options, solver="caller")
+    return conclude(problem, data, point_of(data, guess), options, solver=CALLER)
 
 
-def vjp(forward: Forward, upstream: Mapping[str, Tensor], *, method: str = "auto") -> Backward:
+def vjp(
+    forward: Forward,
+    upstream: Mapping[str, Tensor],
+    *,
+    method: str = "auto",
+    options: Mapping[str, Any] | None = None,
+) -> Backward:
     """Pull cotangents of `z`, `nu`, `lam`, `s` back to an adjoint.
 
     Args:
         forward: Outcome of `solve` or `at_point`.
         upstream: Cotangents by name, `(B, ·)` each, or `(k, B, ·)` with one k; absent means zero; at least one.
         method: Name of a differentiation method, or `auto`.
+        options: The method's own, by name.
 
     Raises:
-        ProblemError: the method does not exist or does not work with the solver.
+        ProblemError: the method does not exist, does not work with the solver or the problem, or an option is wrong.
     """
-    return find_method(method, forward.solver).vjp(forward, upstream)
+    chosen, own = find_method(method, forward, options)
+    return chosen.module.vjp(forward, upstream, own)
 
 
-def jvp(forward: Forward, tangents: Mapping[str, Tensor], *, method: str = "auto") -> Tangents:
+def jvp(
+    forward: Forward,
+    tangents: Mapping[str, Tensor],
+    *,
+    method: str = "auto",
+    options: Mapping[str, Any] | None = None,
+) -> Tangents:
     """Push tangents of the parameters forward to tangents of the solution.
 
     Args:
         forward: Outcome of `solve` or `at_point`.
         tangents: Tangents by parameter name, each shaped like the parameter; absent means zero.
         method: Name of a differentiation method, or `auto`.
+        options: The method's own, by name.
 
     Raises:
-        ProblemError: the method does not exist or does not work with the solver.
+        ProblemError: the method does not exist, does not work with the solver or the problem, or an option is wrong.
     """
-    return find_method(method, forward.solver).jvp(forward, tangents)
+    chosen, own = find_method(method, forward, options, is_jvp=True)
+    return chosen.module.jvp(forward, tangents, own)
 
 
 def _prepare(problem: QP, device: torch.device | None) -> tuple[QP, Data]:
@@ -137,12 +155,5 @@ def _prepare(problem: QP, device: torch.device | None) -> tuple[QP, Data]:
 
 
 def _guess(data: Data, solution: Solution) -> Guess:
-    """The active set of a point: rows whose multiplier outweighs their slack, each relative to its largest."""
     z, nu, lam = (t.to(data.q) for t in (solution.z, solution.nu, solution.lam))
-    y = torch.cat([nu, lam], dim=1)
-    s = data.h - matvec(data.G, z)
-    lam_size = lam.abs().amax(-1, keepdim=True) if data.m else lam
-    s_size = 1 + data.h.abs()
-    active = torch.ones_like(y, dtype=torch.bool)
-    active[:, data.p :] = lam * s_size > s * torch.where(lam_size > 0, lam_size, 1.0)
-    return Guess(active=active, z=z, y=y)
+    return guess_at(data, z, torch.cat([nu, lam], dim=1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class Data:
         C: `(1 or B, p + m, n)`, equalities first.
         d: `(B, p + m)`, finite: a row that cannot bind (h = +inf) is 0·z ≤ 1.
         p: Number of equalities.
+        is_linear: Whether Q was absent; it is zero then.
     """
 
     Q: Tensor
@@ -60,6 +61,12 @@ class Data:
     C: Tensor
     d: Tensor
     p: int
+    is_linear: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What a solver must be able to take: `qp` or `lp`."""
+        return "lp" if self.is_linear else "qp"
 
     @property
     def n(self) -> int:
@@ -98,8 +105,8 @@ class Data:
 
     def select(self, index: Tensor) -> Data:
         """The sub-batch of the problems named by index."""
-        blocks = {f.name: take(getattr(self, f.name), index) for f in fields(self) if f.name not in ("p", "q", "d")}
-        return Data(q=self.q[index], d=self.d[index], p=self.p, **blocks)
+        Q, C = take(self.Q, index), take(self.C, index)
+        return replace(self, Q=Q, C=C, q=self.q[index], d=self.d[index])
 
 
 def stack(problem: QP) -> Data:
@@ -121,8 +128,9 @@ def stack(problem: QP) -> Data:
             return problem.q.new_zeros(batch, 0)
         return tensor.reshape(-1, tensor.shape[-1]).expand(batch, -1)
 
-    Q = matrix(problem.Q)
-    Q = 0.5 * (Q + Q.transpose(1, 2))
+    Q = problem.q.new_zeros(1, n, n) if problem.Q is None else matrix(problem.Q)
+    if problem.Q is not None:
+        Q = 0.5 * (Q + Q.transpose(1, 2))
     G, h, A, b = matrix(problem.G), vector(problem.h), matrix(problem.A), vector(problem.b)
     free = torch.isinf(h)
     if bool(free.any()):
@@ -136,7 +144,7 @@ def stack(problem: QP) -> Data:
         rows = max(A.shape[0], G.shape[0])
         C = torch.cat([A.expand(rows, -1, -1), G.expand(rows, -1, -1)], dim=1)
         d = torch.cat([b, h], dim=1)
-    return Data(Q=Q, q=vector(problem.q), C=C, d=d, p=problem.p)
+    return Data(Q=Q, q=vector(problem.q), C=C, d=d, p=problem.p, is_linear=problem.Q is None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from argrad.problems import QP, Adjoint, Flag, Solution, Status
-
-ShouldStop = Callable[[], bool]
-"""Asked between two iterations; True ends the solve with `Stopped`."""
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the caller asked for it
-    """The solve ended because nobody wants its result any more."""
-
-
-def never_stop() -> bool:
-    """The `ShouldStop` of a caller that waits as long as it takes."""
-    return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolverOptions:
-    """What every solver understands.
-
-    Args:
-        tolerance: Bound on the scaled KKT residuals at which a problem is optimal.
-        max_iterations: Bound on the iterations of one problem; `pivoting` has bounds of its own on rounds and steps.
-        should_stop: Asked between two iterations; by `pivoting` once, before its kernels run.
-    """
-
-    tolerance: float = 1e-8
-    max_iterations: int = 100
-    should_stop: ShouldStop = never_stop
+from argrad_service.engine.data import Data
+from argrad_service.engine.options import SolverOptions
+from argrad_service.engine.point import KKTFactor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +22,7 @@ class Forward:
 
     Args:
         problem: The problem as it was solved, on the engine's device.
+        data: The same in stacked rows.
         solution: Rows of problems that are not optimal hold the last iterate.
         status: Verdict on each problem.
         flags: What else is to be known of each problem.
@@ -56,10 +32,13 @@ class Forward:
         gap: |zᵀQz + qᵀz + bᵀν + hᵀλ|, the duality gap.
         objective: ½zᵀQz + qᵀz.
         solver: Name of the solver that ran.
-        factor: What the differentiation method reuses; None if it has to be formed.
+        options: With which it ran, its own ones read; methods that repeat its iteration need them.
+        factor: What `kkt` reuses: the system of the active set, and which problems have a solution.
+        measures: What else the solver measured, `(B,)` each, on the CPU.
     """
 
     problem: QP
+    data: Data
     solution: Solution
     status: tuple[Status, ...]
     flags: tuple[tuple[Flag, ...], ...]
@@ -69,13 +48,15 @@ class Forward:
     gap: Float[Tensor, " batch"]
     objective: Float[Tensor, " batch"]
     solver: str
-    factor: Any = None
+    options: SolverOptions
+    factor: KKTFactor
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes that keeping this outcome costs."""
         tensors = [*self.problem.parameters().values(), *self.solution.blocks().values()]
-        return sum(t.untyped_storage().nbytes() for t in tensors) + (self.factor.nbytes if self.factor else 0)
+        return sum(t.untyped_storage().nbytes() for t in tensors) + self.factor.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,12 +68,14 @@ class Backward:
         gradient_status: Of each problem `ok`, or why it has no gradient.
         flags: What else is to be known of each problem's gradient.
         method: Name of the differentiation method that ran.
+        measures: What else the method measured, `(B,)` each, on the CPU.
     """
 
     adjoint: Adjoint
     gradient_status: tuple[str, ...]
     flags: tuple[tuple[Flag, ...], ...]
     method: str
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,3 +86,4 @@ class Tangents:
     gradient_status: tuple[str, ...]
     flags: tuple[tuple[Flag, ...], ...]
     method: str
+    measures: Mapping[str, Tensor] = field(default_factory=dict)

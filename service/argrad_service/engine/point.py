@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from argrad.problems import Status
 from argrad_service.engine.active_set import Rows
-from argrad_service.engine.data import Data, Residuals, residuals
+from argrad_service.engine.data import Data, Residuals, matvec, residuals
 from argrad_service.engine.finish import Guess, PrimalCandidates, find_active_set
 from argrad_service.engine.semidefinite import cholesky_or_none
 
@@ -63,6 +63,27 @@ class KKTSystem(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class KKTFactor:
+    """What `kkt` differentiation reuses of a forward solve.
+
+    Args:
+        factor: KKT system of the strongly active rows.
+        is_optimal: `(B,)`, problems that have a solution to differentiate.
+        is_weak: `(B,)`, problems with weakly active rows.
+    """
+
+    factor: KKTSystem
+    is_optimal: Tensor
+    is_weak: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the stacked rows of the problem included."""
+        data = self.factor.data
+        return self.factor.nbytes + sum(t.untyped_storage().nbytes() for t in (data.Q, data.C, data.q, data.d))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Finished:
     """What a solver hands on that has done the exact solve itself, without weakly active rows in any problem.
 
@@ -91,6 +112,8 @@ class Point:
         lower: Cholesky factors of Q, `(1 or B, n, n)`, where all are definite.
         finished: The rest, where z and y are exact already.
         is_fallback: `(B,)`, which problems another solver than the one asked for has solved; None for no problem.
+        is_final: Whether z and y are the answer as they are, because the caller wants no exact solve after them.
+        measures: What else was measured, `(B,)` each.
     """
 
     active: Tensor
@@ -102,6 +125,8 @@ class Point:
     lower: Tensor | None = None
     finished: Finished | None = None
     is_fallback: Tensor | None = None
+    is_final: bool = False
+    measures: dict[str, Tensor] = field(default_factory=dict)
 
 
 def unsolved(data: Data) -> Point:
@@ -129,15 +154,43 @@ def factor_convex(Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return lower, is_definite, is_definite | (info == 0)
 
 
+def guess_at(data: Data, z: Tensor, y: Tensor) -> Guess:
+    """The active set of a point: rows whose multiplier outweighs their slack, each relative to its largest."""
+    lam, s = y[:, data.p :], data.h - matvec(data.G, z)
+    lam_size = lam.abs().amax(-1, keepdim=True) if data.m else lam
+    s_size = 1 + data.h.abs()
+    active = torch.ones_like(y, dtype=torch.bool)
+    active[:, data.p :] = lam * s_size > s * torch.where(lam_size > 0, lam_size, 1.0)
+    return Guess(active=active, z=z, y=y)
+
+
 def point_of(data: Data, guess: Guess) -> Point:
     """The point of a caller's solution: its active set, confirmed or corrected by a few candidate solves."""
+    point = confirm(data, guess)
+    is_near = residuals(data, guess.z, guess.y).scaled <= NEAR
+    code = torch.where(is_near, CODE[Status.OPTIMAL], CODE[Status.NUMERICAL_ERROR])
+    point.status = torch.where(point.status == CODE[Status.NONCONVEX], point.status, code)
+    return point
+
+
+def confirm(data: Data, guess: Guess, *, rounds: int = _ROUNDS) -> Point:
+    """Go from an approximate solution to its exact active set: what a solver does that iterates up to a tolerance.
+
+    Args:
+        data: The problems.
+        guess: Of `guess_at`, or a solver's own active set.
+        rounds: Candidate sets tried at most.
+
+    Returns:
+        A point with the status `optimal` where a set was confirmed, `nonconvex` where Q is not convex, and
+        `max_iterations` elsewhere: that is for the solver to judge.
+    """
     point = unsolved(data)
     lower, is_definite, is_convex = factor_convex(data.Q)
     point.lower = lower if bool(is_definite.all()) else None
-    is_near = residuals(data, guess.z, guess.y).scaled <= NEAR
-    active, is_found = find_active_set(guess, data.p, PrimalCandidates(data, point.lower), rounds=_ROUNDS)
+    active, is_found = find_active_set(guess, data.p, PrimalCandidates(data, point.lower), rounds=rounds)
     point.active = torch.where(is_found.unsqueeze(-1), active, guess.active)
     point.z, point.y, point.is_exact = guess.z, guess.y, is_found
-    code = torch.where(is_near, CODE[Status.OPTIMAL], CODE[Status.NUMERICAL_ERROR])
-    point.status = torch.where(is_convex, code, CODE[Status.NONCONVEX])
+    point.status = torch.where(is_found, CODE[Status.OPTIMAL], point.status)
+    point.status = torch.where(is_convex, point.status, CODE[Status.NONCONVEX])
     return point

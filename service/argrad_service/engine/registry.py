@@ -1,74 +1,120 @@
 """Which solvers and which differentiation methods there are, and what pairs with what.
 
 A solver is a function from stacked data to a `Point`; a method is a pair of functions from an outcome to an adjoint
-and to tangents. Both meet at the outcome, so that a new one of either kind is one file and one line here.
+and to tangents. Both meet at the outcome, so that a new one of either kind is one file and one entry here. Their
+modules are imported when they are first asked for: some need packages that take a second to load, or are not there.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from argrad.errors import MissingExtraError, ProblemError
-from argrad_service.engine.backward import kkt
 from argrad_service.engine.data import Data
 from argrad_service.engine.finish import Guess
-from argrad_service.engine.forward import pdipm
-from argrad_service.engine.outcome import Backward, Forward, SolverOptions, Tangents
+from argrad_service.engine.options import OwnOptions, SolverOptions, describe_options, read_options
+from argrad_service.engine.outcome import Backward, Forward, Tangents
 from argrad_service.engine.point import Point
 
 AUTO = "auto"
+CALLER = "caller"
+"""The solver of a point that the caller brought."""
+
 FALLBACK = "pdipm"
 """Solves what `pivoting` could not decide."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solver:
-    """A forward solver.
-
-    Args:
-        name: What requests call it.
-        solve: The function itself.
-        summary: What it is, in a sentence.
-        problems: Kinds of problems that it takes.
-        devices: Where it runs.
-        methods: Differentiation methods that work with it; the first is what `auto` takes.
-        warm_starts: Whether it makes use of a warm start.
-    """
-
-    name: str
-    solve: Callable[[Data, SolverOptions, Guess | None], Point]
-    summary: str
-    problems: tuple[str, ...]
-    devices: tuple[str, ...]
-    methods: tuple[str, ...]
-    warm_starts: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A differentiation method: `vjp` pulls cotangents back, `jvp` pushes tangents forward."""
-
-    name: str
-    vjp: Callable[[Forward, Mapping[str, Tensor]], Backward]
-    jvp: Callable[[Forward, Mapping[str, Tensor]], Tangents]
-    summary: str
-
 
 MOST_VARIABLES_OF_MANY_ROWS = 64
 """With more rows than variables `auto` takes `pivoting` up to this size: beyond it the dual active set takes as many
 steps as there are active rows, each a pass over all rows, and the batched interior point is faster."""
 
 
-def _solve_by_pivoting(data: Data, options: SolverOptions, warm: Guess | None) -> Point:
-    # Imported when first asked for: compiled kernels take a second to load, and a bare client has no numba.
-    from argrad_service.engine.forward import pivoting
+class SolverModule(Protocol):
+    """What a file of `forward` has."""
 
-    return pivoting.solve(data, options, warm)
+    Options: type[OwnOptions]
+
+    def solve(self, data: Data, options: SolverOptions, warm: Guess | None) -> Point:
+        """Solve a batch; `options.own` is an instance of `Options`."""
+        ...
+
+
+class MethodModule(Protocol):
+    """What a file of `backward` has; `jvp` only where its entry says so."""
+
+    Options: type[OwnOptions]
+
+    def vjp(self, forward: Forward, upstream: Mapping[str, Tensor], options: Any) -> Backward:
+        """Pull cotangents back; options is an instance of `Options`."""
+        ...
+
+    def jvp(self, forward: Forward, tangents: Mapping[str, Tensor], options: Any) -> Tangents:
+        """Push tangents forward."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """A forward solver, `forward/<name>.py`.
+
+    Args:
+        name: What requests call it.
+        summary: What it is, in a sentence.
+        kinds: Problems that it takes: `qp`, `lp`.
+        devices: Where it runs.
+        methods: Differentiation methods that work with it; the first is what `auto` takes.
+        warm_starts: Whether it makes use of a warm start.
+        packages: What must be installed for it beyond the client's own.
+        extra: The extra that installs them.
+    """
+
+    name: str
+    summary: str
+    kinds: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    methods: tuple[str, ...] = ("kkt",)
+    warm_starts: bool = False
+    packages: tuple[str, ...] = ()
+    extra: str = "service"
+
+    @property
+    def module(self) -> SolverModule:
+        """The file itself."""
+        return cast("SolverModule", importlib.import_module(f"argrad_service.engine.forward.{self.name}"))
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its packages are there."""
+        return all(importlib.util.find_spec(name) is not None for name in self.packages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A differentiation method, `backward/<name>.py`.
+
+    Args:
+        name: What requests call it.
+        summary: What it is, in a sentence.
+        kinds: Problems that it differentiates.
+        has_jvp: Whether it has a forward mode.
+        takes_points: Whether it differentiates at a point that the caller brought.
+    """
+
+    name: str
+    summary: str
+    kinds: tuple[str, ...]
+    has_jvp: bool = False
+    takes_points: bool = True
+
+    @property
+    def module(self) -> MethodModule:
+        """The file itself."""
+        return cast("MethodModule", importlib.import_module(f"argrad_service.engine.backward.{self.name}"))
 
 
 SOLVERS = {
@@ -76,20 +122,15 @@ SOLVERS = {
     for solver in (
         Solver(
             name="pivoting",
-            solve=_solve_by_pivoting,
             summary="Exact active sets of strictly convex problems by compiled kernels; hard ones go to pdipm.",
-            problems=("qp", "qp_two_sided"),
+            kinds=("qp",),
             devices=("cpu",),
-            methods=("kkt",),
-            warm_starts=False,
+            packages=("numba", "scipy", "threadpoolctl"),
         ),
         Solver(
             name="pdipm",
-            solve=pdipm.solve,
             summary="Batched primal-dual interior point method, finished on the exact active set.",
-            problems=("qp", "qp_two_sided"),
-            devices=("cpu", "cuda"),
-            methods=("kkt",),
+            kinds=("qp", "lp"),
             warm_starts=True,
         ),
     )
@@ -99,56 +140,82 @@ METHODS = {
     method.name: method
     for method in (
         Method(
-            name=kkt.NAME,
-            vjp=kkt.vjp,
-            jvp=kkt.jvp,
+            name="kkt",
             summary="Implicit differentiation of the KKT conditions on the exact active set, by the forward factor.",
+            kinds=("qp", "lp"),
+            has_jvp=True,
         ),
     )
 }
 
 
-def has_kernels() -> bool:
-    """Whether the packages are there that `pivoting` is compiled with."""
-    return all(importlib.util.find_spec(name) is not None for name in ("numba", "scipy", "threadpoolctl"))
-
-
-def find_solver(name: str, data: Data, warm: Guess | None) -> Solver:
-    """The solver of that name; `auto` chooses by device, size and warm start.
+def find_solver(name: str, data: Data, options: SolverOptions, warm: Guess | None) -> tuple[Solver, SolverOptions]:
+    """The solver of that name, and the options with its own ones read; `auto` chooses by problem and device.
 
     Raises:
-        ProblemError: there is none, or it does not run on the problem's device.
+        ProblemError: there is none, it does not take this kind of problem or run on its device, or an option is wrong.
         MissingExtraError: its packages are not installed.
     """
     if name == AUTO:
-        return SOLVERS["pivoting" if _suits_pivoting(data, warm) else "pdipm"]
+        if options.own:
+            raise ProblemError("solver.options", "options for auto", "a solver by name, for each has its own")
+        solver = SOLVERS["pivoting" if _suits_pivoting(data, warm) else "pdipm"]
+        return solver, replace(options, own=OwnOptions())
     if name not in SOLVERS:
         raise ProblemError("solver.name", repr(name), f"one of {', '.join([AUTO, *SOLVERS])}")
     solver = SOLVERS[name]
-    if data.q.device.type not in solver.devices:
-        raise ProblemError("solver.name", f"{name!r} on {data.q.device.type}", f"a solver for {data.q.device.type}")
-    if name == "pivoting" and not has_kernels():
-        raise MissingExtraError("solver 'pivoting'", "service")
-    return solver
+    if data.kind not in solver.kinds:
+        able = ", ".join(other.name for other in SOLVERS.values() if data.kind in other.kinds)
+        raise ProblemError("solver.name", f"{name!r}, which takes no {data.kind}", f"one of {AUTO}, {able}")
+    device = data.q.device.type
+    if device not in solver.devices:
+        raise ProblemError("solver.name", f"{name!r} on {device}", f"a solver for {device}")
+    if not solver.is_installed:
+        raise MissingExtraError(f"solver {name!r}", solver.extra)
+    own = options.own
+    if not isinstance(own, OwnOptions):
+        own = read_options(solver.module.Options, own, inside="solver.options")
+    return solver, replace(options, own=own)
 
 
 def _suits_pivoting(data: Data, warm: Guess | None) -> bool:
     is_small = data.m <= data.n - data.p or data.n <= MOST_VARIABLES_OF_MANY_ROWS
-    return warm is None and data.q.device.type == "cpu" and is_small and has_kernels()
+    able = data.kind == "qp" and data.q.device.type == "cpu" and SOLVERS["pivoting"].is_installed
+    return warm is None and is_small and able
 
 
-def find_method(name: str, solver: str) -> Method:
-    """The method of that name for an outcome of that solver; `auto` is the solver's first.
+def find_method(
+    name: str, forward: Forward, own: Mapping[str, Any] | None = None, *, is_jvp: bool = False
+) -> tuple[Method, OwnOptions]:
+    """The method of that name for an outcome, and its options read; `auto` is the first of the solver's methods.
+
+    Args:
+        name: Of the method, or `auto`.
+        forward: What is differentiated.
+        own: The method's options, by name.
+        is_jvp: Whether tangents are to be pushed forward.
 
     Raises:
-        ProblemError: there is none, or it does not work with the solver.
+        ProblemError: there is none, it does not work with the solver or the kind of problem, it has no forward mode,
+            or an option is wrong.
     """
-    known = SOLVERS[solver].methods if solver in SOLVERS else tuple(METHODS)
+    able = [method.name for method in METHODS.values() if _is_able(method, forward, is_jvp)]
+    own = own or {}
     if name == AUTO:
-        return METHODS[known[0]]
-    if name not in known:
-        raise ProblemError("differentiation.method", repr(name), f"one of {', '.join([AUTO, *known])} with {solver}")
-    return METHODS[name]
+        if own:
+            raise ProblemError("differentiation.options", "options for auto", "a method by name, for each has its own")
+        return METHODS[able[0]], OwnOptions()
+    if name not in able:
+        what = f"{forward.data.kind} problems solved by {forward.solver}" + (", in forward mode" if is_jvp else "")
+        wanted = f"one of {', '.join([AUTO, *able])} for {what}"
+        raise ProblemError("differentiation.method", repr(name), wanted)
+    method = METHODS[name]
+    return method, read_options(method.module.Options, own, inside="differentiation.options")
+
+
+def _is_able(method: Method, forward: Forward, is_jvp: bool) -> bool:
+    pairs = method.name in SOLVERS[forward.solver].methods if forward.solver in SOLVERS else method.takes_points
+    return pairs and forward.data.kind in method.kinds and (method.has_jvp or not is_jvp)
 
 
 def describe() -> list[dict[str, Any]]:
@@ -157,14 +224,25 @@ def describe() -> list[dict[str, Any]]:
         {
             "name": solver.name,
             "summary": solver.summary,
-            "problems": list(solver.problems),
+            "problems": list(solver.kinds),
             "devices": list(solver.devices),
             "warm_starts": solver.warm_starts,
-            "methods": [{"name": name, "summary": METHODS[name].summary} for name in solver.methods],
+            "installed": solver.is_installed,
+            "methods": [
+                {
+                    "name": name,
+                    "summary": METHODS[name].summary,
+                    "problems": list(METHODS[name].kinds),
+                    "jvp": METHODS[name].has_jvp,
+                    "options": describe_options(METHODS[name].module.Options),
+                }
+                for name in solver.methods
+            ],
             "options": {
                 "tolerance": {"default": SolverOptions.tolerance, "least": 1e-12, "most": 0.1},
                 "max_iterations": {"default": SolverOptions.max_iterations, "least": 1, "most": 10_000},
             },
+            "own_options": describe_options(solver.module.Options) if solver.is_installed else {},
         }
         for solver in SOLVERS.values()
     ]

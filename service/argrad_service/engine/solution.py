@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,32 +9,12 @@ from argrad.problems import QP, Flag, Solution, Status
 from argrad_service.engine.active_set import factor_active_set
 from argrad_service.engine.data import Data, Residuals, inf_norm, matvec, residuals
 from argrad_service.engine.finish import Guess, solve_on_active_set
-from argrad_service.engine.outcome import Forward, SolverOptions
-from argrad_service.engine.point import CODE, STATUSES, KKTSystem, Point
+from argrad_service.engine.options import SolverOptions
+from argrad_service.engine.outcome import Forward
+from argrad_service.engine.point import CODE, STATUSES, KKTFactor, Point
 
 WEAK = 1e-10
 """τ: a row with λ ≤ τ‖λ‖∞ and s ≤ τ(1 + |h|) is weakly active (math: the map is not differentiable there)."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class KKTFactor:
-    """What `kkt` differentiation reuses of a forward solve.
-
-    Args:
-        factor: KKT system of the strongly active rows.
-        is_optimal: `(B,)`, problems that have a solution to differentiate.
-        is_weak: `(B,)`, problems with weakly active rows.
-    """
-
-    factor: KKTSystem
-    is_optimal: Tensor
-    is_weak: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, the stacked rows of the problem included."""
-        data = self.factor.data
-        return self.factor.nbytes + sum(t.untyped_storage().nbytes() for t in (data.Q, data.C, data.q, data.d))
 
 
 def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, solver: str) -> Forward:
@@ -55,7 +33,7 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
         s = torch.where(torch.isinf(h), h, done.s)
         is_optimal = torch.ones(data.B, dtype=torch.bool, device=data.q.device)
         kkt = KKTFactor(factor=done.factor, is_optimal=is_optimal, is_weak=~is_optimal)
-        return _outcome(problem, point, kkt, (point.z, point.y, s), done.judged, point.status, {}, solver)
+        return _outcome(problem, point, kkt, (point.z, point.y, s), done.judged, point.status, {}, solver, options)
     is_optimal = point.status == CODE[Status.OPTIMAL]
     active = point.active & (is_optimal.unsqueeze(-1) | _equalities(data))
     factor = factor_active_set(data, active, lower=point.lower)
@@ -64,11 +42,11 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
     judged = residuals(data, z, y)
     is_regularised = torch.zeros_like(is_optimal)
     status = point.status
-    if not bool((is_optimal & (judged.scaled <= options.tolerance)).all()):
+    if point.is_final or not bool((is_optimal & (judged.scaled <= options.tolerance)).all()):
         # Where the active set was not confirmed, the solver's own point may be the better of the two.
         is_worse = ~(judged.scaled <= residuals(data, point.z, point.y).scaled)
-        takes_point = (is_worse & ~point.is_exact) | ~is_optimal
-        is_regularised = takes_point & is_optimal
+        takes_point = (is_worse & ~point.is_exact) | ~is_optimal | point.is_final
+        is_regularised = takes_point & is_optimal & (not point.is_final)
         z, y = (torch.where(takes_point.unsqueeze(-1), a, b) for a, b in ((point.z, z), (point.y, y)))
         z, y = torch.nan_to_num(z), torch.nan_to_num(y)
         judged = residuals(data, z, y)
@@ -90,7 +68,7 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
     }
     if point.is_fallback is not None:
         flags[Flag.FALLBACK] = point.is_fallback
-    return _outcome(problem, point, kkt, (z, y, s), judged, status, flags, solver)
+    return _outcome(problem, point, kkt, (z, y, s), judged, status, flags, solver, options)
 
 
 def _outcome(
@@ -102,11 +80,13 @@ def _outcome(
     status: Tensor,
     flags: dict[Flag, Tensor],
     solver: str,
+    options: SolverOptions,
 ) -> Forward:
     z, y, s = solution
     p = problem.p
     return Forward(
         problem=problem,
+        data=kkt.factor.data,
         solution=Solution(z=z, nu=y[:, :p], lam=y[:, p:], s=s),
         status=tuple(STATUSES[code] for code in status.tolist()),
         flags=name_flags(flags, len(z)),
@@ -116,7 +96,9 @@ def _outcome(
         gap=judged.gap.cpu(),
         objective=judged.objective.cpu(),
         solver=solver,
+        options=options,
         factor=kkt,
+        measures={name: values.cpu() for name, values in point.measures.items()},
     )
 
 

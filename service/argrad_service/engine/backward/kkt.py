@@ -18,61 +18,36 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from argrad.problems import Adjoint, Flag, Solution
+from argrad.problems import Solution
+from argrad_service.engine.backward.adjoints import conclude_adjoint, gradient_flags, read_cotangents, verdicts
 from argrad_service.engine.data import matvec
+from argrad_service.engine.options import OwnOptions
 from argrad_service.engine.outcome import Backward, Forward, Tangents
-from argrad_service.engine.solution import KKTFactor, name_flags
 
 NAME = "kkt"
 
-INACCURATE = 1e-6
-"""An adjoint whose relative residual stays above this is refused."""
+Options = OwnOptions
 
 
-def vjp(forward: Forward, upstream: Mapping[str, Tensor]) -> Backward:
+def vjp(forward: Forward, upstream: Mapping[str, Tensor], options: Options) -> Backward:  # noqa: ARG001 - every method's signature
     """Pull cotangents of the solution back to an adjoint.
 
     Args:
         forward: Outcome of the forward solve, with its factor.
         upstream: Cotangents of `z`, `nu`, `lam`, `s`, each `(B, ·)` or `(k, B, ·)` with one k; absent means zero.
+        options: There are none.
 
     Returns:
         Adjoint with blocks `(B, ·)` or `(k, B, ·)`; rows of problems without a gradient are NaN.
     """
-    kkt: KKTFactor = forward.factor
-    factor = kkt.factor
-    data, rows = factor.data, factor.rows
-    given = {name: block.to(data.q) for name, block in upstream.items()}
-    many = next(iter(given.values())).ndim == 3
-    sizes = {"z": data.n, "nu": data.p, "lam": data.m, "s": data.m}
-    count = next(iter(given.values())).shape[0] if many else 1
-
-    def cotangent(name: str) -> Tensor:
-        block = given.get(name)
-        if block is None:
-            return data.q.new_zeros(count, data.B, sizes[name])
-        return block if many else block.unsqueeze(0)
-
-    g_z, g_y = cotangent("z"), torch.cat([cotangent("nu"), cotangent("lam")], dim=-1)
-    if "s" in given:
-        g_z = g_z - (cotangent("s").transpose(0, 1) @ data.G).transpose(0, 1)
-    g_active = rows.gather(g_y)
-    d_z, d_y, error = factor.solve(-g_z.permute(1, 2, 0), -g_active.permute(1, 2, 0))
-    full = rows.scatter(d_y.permute(2, 0, 1), data.d.shape[1])
-    mu = full[..., data.p :]
-    if "s" in given:
-        mu = mu - cotangent("s")
-    on_duals = (g_active != 0).any(-1).any(0)
-    status, is_refused = _verdicts(forward, kkt, error, factor.is_dependent & on_duals)
-    blocks = {"z": d_z.permute(2, 0, 1), "nu": full[..., : data.p], "mu": mu}
-    refused = is_refused.unsqueeze(-1)
-    blocks = {name: torch.where(refused, torch.nan, block) for name, block in blocks.items()}
-    if not many:
-        blocks = {name: block.squeeze(0) for name, block in blocks.items()}
-    return Backward(adjoint=Adjoint(**blocks), gradient_status=status, flags=_flags(forward, kkt), method=NAME)
+    data, factor = forward.data, forward.factor.factor
+    given = read_cotangents(data, upstream)
+    d_z, d_y, error = factor.solve(-given.g_z.permute(1, 2, 0), -factor.rows.gather(given.g_y).permute(1, 2, 0))
+    full = factor.rows.scatter(d_y.permute(2, 0, 1), data.d.shape[1])
+    return conclude_adjoint(forward, given, d_z.permute(2, 0, 1), full, error=error, method=NAME)
 
 
-def jvp(forward: Forward, tangents: Mapping[str, Tensor]) -> Tangents:
+def jvp(forward: Forward, tangents: Mapping[str, Tensor], options: Options) -> Tangents:  # noqa: ARG001 - every method's signature
     """Push tangents of the parameters forward to tangents of the solution.
 
         K [ż; ẏ_a] = −[Q̇z + q̇ + Ċᵀy;  Ċ_a z − ḋ_a],    ṡ = ḣ − Ġz − Gż
@@ -80,14 +55,14 @@ def jvp(forward: Forward, tangents: Mapping[str, Tensor]) -> Tangents:
     Args:
         forward: Outcome of the forward solve, with its factor.
         tangents: Tangents of `Q`, `q`, `G`, `h`, `A`, `b`, each shaped like the parameter; absent means zero.
+        options: There are none.
 
     Returns:
         Tangents of z, ν, λ, s, `(B, ·)` each; NaN in problems without a derivative, and in ν and λ of problems with
         dependent rows, whose multipliers are not unique.
     """
-    kkt: KKTFactor = forward.factor
-    factor = kkt.factor
-    data, rows = factor.data, factor.rows
+    kkt = forward.factor
+    data, factor, rows = forward.data, kkt.factor, kkt.factor.rows
     z, nu, lam = forward.solution.z, forward.solution.nu, forward.solution.lam
     given = {name: block.to(data.q) for name, block in tangents.items()}
 
@@ -110,7 +85,7 @@ def jvp(forward: Forward, tangents: Mapping[str, Tensor]) -> Tangents:
     is_active = rows.scatter(rows.valid.to(dz.dtype), data.d.shape[1])[:, data.p :] > 0
     ds = torch.where(is_active, 0.0, room - matvec(data.G, dz))
     # Dependent rows have tangents only where the perturbed rows stay consistent; the residual tells.
-    status, is_refused = _verdicts(forward, kkt, error, torch.zeros_like(kkt.is_weak))
+    status, is_refused = verdicts(forward, error, torch.zeros_like(kkt.is_weak))
     hidden = (is_refused | factor.is_dependent).unsqueeze(-1)
     refused = is_refused.unsqueeze(-1)
     solution = Solution(
@@ -119,35 +94,4 @@ def jvp(forward: Forward, tangents: Mapping[str, Tensor]) -> Tangents:
         lam=torch.where(hidden, torch.nan, dy[:, data.p :]),
         s=torch.where(refused, torch.nan, ds),
     )
-    return Tangents(solution=solution, gradient_status=status, flags=_flags(forward, kkt), method=NAME)
-
-
-def _verdicts(forward: Forward, kkt: KKTFactor, error: Tensor, on_dependent: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    """Of each problem `ok` or why it has no gradient, and the mask of those that have none."""
-    reasons = {
-        "nonunique": kkt.factor.is_nonunique,
-        "dependent": on_dependent,
-        "inaccurate": ~(error <= INACCURATE),
-    }
-    is_refused = ~kkt.is_optimal
-    for mask in reasons.values():
-        is_refused = is_refused | mask
-    if not bool(is_refused.any()):
-        return ("ok",) * len(forward.status), is_refused
-    status = [str(s) if not good else "ok" for s, good in zip(forward.status, kkt.is_optimal.tolist(), strict=True)]
-    for reason, mask in reasons.items():
-        for i in torch.nonzero(mask).flatten().tolist():
-            if status[i] == "ok":
-                status[i] = reason
-    return tuple(status), is_refused
-
-
-def _flags(forward: Forward, kkt: KKTFactor) -> tuple[tuple[Flag, ...], ...]:
-    return name_flags(
-        {
-            Flag.DEGENERATE: kkt.is_weak,
-            Flag.DEPENDENT: kkt.factor.is_dependent & kkt.is_optimal,
-            Flag.NONUNIQUE: kkt.factor.is_nonunique & kkt.is_optimal,
-        },
-        len(forward.status),
-    )
+    return Tangents(solution=solution, gradient_status=status, flags=gradient_flags(forward), method=NAME)

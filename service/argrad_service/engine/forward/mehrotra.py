@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from argrad_service.engine.data import dot, inf_norm
-from argrad_service.engine.outcome import ShouldStop, Stopped
+from argrad_service.engine.options import ShouldStop, Stopped
 
 STEP_TO_BOUNDARY = 0.995
 """Fraction of the way to the nearest bound that a step may go."""

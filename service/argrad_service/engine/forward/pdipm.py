@@ -30,8 +30,10 @@ from argrad_service.engine.forward.certificates import is_infeasible, is_unbound
 from argrad_service.engine.forward.mehrotra import Iterate, NewtonSystem, advance, predict_active
 from argrad_service.engine.forward.scaling import Scaling, ruiz
 from argrad_service.engine.forward.systems import DualForm, DualSystem, PrimalSystem, dual_form
-from argrad_service.engine.outcome import SolverOptions
+from argrad_service.engine.options import OwnOptions, SolverOptions
 from argrad_service.engine.point import CODE, Point, factor_convex, unsolved
+
+Options = OwnOptions
 
 DUAL_ROWS_PER_VARIABLE = 2
 """The dual form is taken up to this many rows a variable: beyond it, its m × m factors cost more than n × n ones."""

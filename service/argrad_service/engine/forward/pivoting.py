@@ -17,8 +17,10 @@ from argrad_service.engine.data import Data
 from argrad_service.engine.finish import Guess
 from argrad_service.engine.forward import pdipm
 from argrad_service.engine.kernels.active_set import INFEASIBLE, SOLVED
-from argrad_service.engine.outcome import SolverOptions, Stopped
+from argrad_service.engine.options import OwnOptions, SolverOptions, Stopped
 from argrad_service.engine.point import CODE, Point
+
+Options = OwnOptions
 
 
 def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # noqa: ARG001 - every solver's signature
