@@ -6,6 +6,7 @@ Messages name the field, what was found and what was wanted. Only `check_finite`
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -73,7 +74,7 @@ def _check_sizes(given: Mapping[str, Tensor], dimensions: Dimensions) -> None:
     sizes: dict[str, int] = {}
     for name in sorted(given, key=lambda name: len(dimensions[name])):
         symbols = dimensions[name]
-        shape = given[name].shape[-len(symbols) :]
+        shape = given[name].shape[given[name].ndim - len(symbols) :]
         if any(sizes.get(symbol, size) != size for symbol, size in zip(symbols, shape, strict=True)):
             raise _misshapen(name, given[name], tuple(str(sizes.get(symbol, symbol)) for symbol in symbols))
         sizes.update(zip(symbols, shape, strict=True))
@@ -82,8 +83,13 @@ def _check_sizes(given: Mapping[str, Tensor], dimensions: Dimensions) -> None:
 
 
 def _misshapen(name: str, tensor: Tensor, symbols: tuple[str, ...]) -> ProblemError:
-    plain = f"({symbols[0]},)" if len(symbols) == 1 else f"({', '.join(symbols)})"
-    return ProblemError(f"problem.{name}", f"shape {shape_of(tensor)}", f"{plain} or (B, {', '.join(symbols)})")
+    return ProblemError(f"problem.{name}", f"shape {shape_of(tensor)}", _shapes_wanted(symbols))
+
+
+def _shapes_wanted(symbols: tuple[str, ...]) -> str:
+    """The shape of one parameter and of a batch of them: (n,) or (B, n)."""
+    plain, batched = (f"({s[0]},)" if len(s) == 1 else f"({', '.join(s)})" for s in (symbols, ("B", *symbols)))
+    return f"{plain} or {batched}"
 
 
 def check_alike(section: str, tensors: Mapping[str, Tensor], reference: tuple[str, Tensor]) -> None:
@@ -108,9 +114,7 @@ def require(parameters: Mapping[str, Tensor | None], name: str, dimensions: Dime
     """
     tensor = parameters.get(name)
     if tensor is None:
-        symbols = ", ".join(dimensions[name])
-        plain = f"({symbols},)" if len(dimensions[name]) == 1 else f"({symbols})"
-        raise ProblemError(f"problem.{name}", "nothing", f"a tensor of shape {plain} or (B, {symbols})")
+        raise ProblemError(f"problem.{name}", "nothing", f"a tensor of shape {_shapes_wanted(dimensions[name])}")
     return tensor
 
 
@@ -167,7 +171,19 @@ def _has_finite_sum(tensor: Tensor) -> bool:
         # NumPy sums in the calling thread; torch wakes its thread pool, which costs 10 ms where that is busy solving.
         with contextlib.suppress(RuntimeError), np.errstate(all="ignore"):  # torch.func's tensors have no storage
             return bool(np.isfinite(tensor.numpy().sum()))
-    return bool(torch.isfinite(tensor.sum()))
+    return math.isfinite(tensor.sum().item())
+
+
+def check_positive(field: str, tensor: Tensor, wanted: str = "finite numbers > 0") -> None:
+    """Refuse values that are not finite and positive, naming the first one.
+
+    Raises:
+        ProblemError: with the value and its position.
+    """
+    bad = ~((tensor.detach() > 0) & torch.isfinite(tensor))
+    if bool(bad.any()):
+        where = torch.nonzero(bad)[0].tolist()
+        raise ProblemError(field, f"{tensor[tuple(where)].item()}" + (f" at {where}" if where else ""), wanted)
 
 
 def check_names(field: str, names: Collection[str], allowed: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -75,6 +76,7 @@ def _members(value: dict[str, Any]) -> int:
     return len(value) + sum(_members(member) for member in value.values() if isinstance(member, dict))
 
 
+@lru_cache(maxsize=1024)
 def check_tensor_name(model: type[Message], name: str) -> None:
     """Refuse a tensor that the message has no place for.
 

@@ -6,7 +6,7 @@ import re
 import secrets
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from argrad_service.http.logs import Logger
@@ -16,6 +16,7 @@ from argrad_service.http.record import Record
 
 REQUEST_ID = "X-Request-ID"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}", re.ASCII)
+_FIXED = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 _QUIET = frozenset({"/health/live", "/health/ready", "/metrics"})
 _UNMATCHED = "unmatched"
 CLIENT_CLOSED = 499
@@ -48,12 +49,10 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = record.request_id
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Cache-Control"] = "no-store"
+                # Nobody below sets these: appended, they are there once.
+                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode()), *_FIXED]
                 if record.stages_ms:
-                    headers["Server-Timing"] = record.server_timing()
+                    message["headers"].append((b"server-timing", record.server_timing().encode()))
             await send(message)
 
         try:

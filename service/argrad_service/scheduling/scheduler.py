@@ -131,22 +131,24 @@ class Scheduler:
         """
         loop = asyncio.get_running_loop()
         watch: asyncio.Task[None] | None = None
+        timer: asyncio.TimerHandle
 
         async def watch_caller() -> None:
             await caller_gone()
             job.abandon(CallerGone())
 
         def start_watch() -> None:
-            nonlocal watch
-            watch = loop.create_task(watch_caller())
+            nonlocal watch, timer
+            left_s = job.deadline - self._clock()
+            if left_s > 0:
+                watch = loop.create_task(watch_caller())
+            timer = loop.call_later(max(0.0, left_s), lambda: job.abandon(DeadlinePassed()))
 
-        expiry = loop.call_later(max(0.0, job.deadline - self._clock()), lambda: job.abandon(DeadlinePassed()))
-        start = loop.call_later(WATCH_AFTER_S, start_watch)
+        timer = loop.call_later(min(WATCH_AFTER_S, max(0.0, job.deadline - self._clock())), start_watch)
         try:
             return await job.future
         finally:
-            expiry.cancel()
-            start.cancel()
+            timer.cancel()
             if watch is not None:
                 watch.cancel()
             job.abandon(CallerGone())  # matters only where this very wait was cancelled
