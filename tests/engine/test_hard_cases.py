@@ -414,3 +414,16 @@ def test_the_kernels_call_lapack_by_its_rules_where_nothing_is_active(
     torch.testing.assert_close(forward.solution.z, -q)
     torch.testing.assert_close(pulled.adjoint.z, -torch.ones(2, 3, dtype=F64))
     assert capfd.readouterr() == ("", "")
+
+
+def test_pivoting_stops_between_pieces_of_a_large_batch() -> None:
+    known = draw(Case("stop", 60, 40, 0, batch=400), 1)
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(None)
+        return len(asked) > 3
+
+    with pytest.raises(engine.Stopped):
+        engine.solve(known.problem, solver="pivoting", options=SolverOptions(should_stop=should_stop))
+    assert len(asked) >= 4

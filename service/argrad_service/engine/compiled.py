@@ -16,6 +16,7 @@ from argrad_service.engine.kernels import batch as kernels
 from argrad_service.engine.kernels.active_set import NOT_DEFINITE
 from argrad_service.engine.kernels.lapack import LETTERS, Lapack, load
 from argrad_service.engine.kernels.pool import over_batch
+from argrad_service.engine.options import ShouldStop, never_stop
 from argrad_service.engine.point import Finished
 
 Array = NDArray[np.float64]
@@ -67,8 +68,16 @@ class Solved:
     factors: Factors
 
 
-def solve_batch(data: Data) -> Solved:
-    """Solve strictly convex QPs; what is not strictly convex or not decided says so in its code."""
+def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
+    """Solve strictly convex QPs; what is not strictly convex or not decided says so in its code.
+
+    Args:
+        data: The problems.
+        should_stop: Asked between pieces of the batch.
+
+    Raises:
+        Stopped: should_stop() was true.
+    """
     Q, q, C, d = (_array(t) for t in (data.Q, data.q, data.C, data.d))
     batch, n, r = data.B, data.n, d.shape[1]
     most = min(r, n)
@@ -100,7 +109,7 @@ def solve_batch(data: Data) -> Solved:
         def run(start: int, stop: int) -> None:
             kernels.solve_range(lapack, LETTERS, start, stop, Q, q, C, d, data.p, *outputs)
 
-        over_batch(run, batch, work=n**3 / 3 + r * n * n + r * r * n + 1e3)
+        over_batch(run, batch, work=n**3 / 3 + r * n * n + r * r * n + 1e3, should_stop=should_stop)
     return Solved(
         active=torch.from_numpy(active),
         z=torch.from_numpy(z),

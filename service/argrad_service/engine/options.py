@@ -41,7 +41,7 @@ class SolverOptions:
     Args:
         tolerance: Bound on the scaled KKT residuals at which a problem is optimal.
         max_iterations: Bound on the iterations of one problem; `pivoting` has bounds of its own on rounds and steps.
-        should_stop: Asked between two iterations; by `pivoting` once, before its kernels run.
+        should_stop: Asked between two iterations; by `pivoting` between pieces of the batch.
         own: Options of the solver alone: raw, by name, until `find_solver` reads them.
     """
 

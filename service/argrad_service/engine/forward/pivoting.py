@@ -1,9 +1,11 @@
-"""`pivoting`: exact active sets of strictly convex QPs, by compiled kernels on the CPU.
+"""`pivoting`: exact active sets of strictly convex QPs, by compiled kernels on the CPU, batched on a GPU.
 
 Form: dense QPs, Q positive definite. Method: the dual form (`systems`), then block principal pivoting where the rows
 are no more than the variables, and the dual active set of Goldfarb and Idnani elsewhere and where pivoting
 fails (`kernels.active_set`); a refined solve on the active set. Problems that neither decides, and those with a
-singular Q or with weakly active or dependent rows, go to `pdipm` and carry the flag `fallback`. Warm start: not used.
+singular Q or with weakly active or dependent rows, go to `pdipm` and carry the flag `fallback`. On CUDA the pivoting
+is batched torch (`masked_pivoting`), and problems with more rows than free variables go to `pdipm` at once. Warm
+start: not used.
 """
 
 from __future__ import annotations
@@ -12,31 +14,44 @@ import torch
 from torch import Tensor
 
 from argrad.problems import Status
-from argrad_service.engine import compiled
 from argrad_service.engine.data import Data
 from argrad_service.engine.finish import Guess
 from argrad_service.engine.forward import pdipm
-from argrad_service.engine.kernels.active_set import INFEASIBLE, SOLVED
-from argrad_service.engine.options import OwnOptions, SolverOptions, Stopped
+from argrad_service.engine.forward.masked_pivoting import solve_masked
+from argrad_service.engine.options import OwnOptions, SolverOptions
 from argrad_service.engine.point import CODE, Point
 
 Options = OwnOptions
 
 
 def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # noqa: ARG001 - every solver's signature
-    """Solve a batch of strictly convex QPs on the CPU.
+    """Solve a batch of strictly convex QPs.
 
     Args:
         data: The problems.
-        options: Tolerance and who asks to stop; the kernels have their own limits on rounds and steps.
+        options: Tolerance and who asks to stop, between pieces of the batch; the kernels have their own limits on
+            rounds and steps.
         warm: Not used.
 
     Raises:
-        Stopped: options.should_stop() was true before the start. The kernels, once begun, are not interrupted.
+        Stopped: options.should_stop() was true.
     """
-    if options.should_stop():
-        raise Stopped
-    solved = compiled.solve_batch(data)
+    if data.q.device.type == "cpu":
+        return _solve_compiled(data, options)
+    point, rest = solve_masked(data, options)
+    point.is_fallback = torch.zeros(data.B, dtype=torch.bool, device=rest.device)
+    point.is_fallback[rest] = True
+    if len(rest):
+        _fall_back(data, rest, point, options)
+    return point
+
+
+def _solve_compiled(data: Data, options: SolverOptions) -> Point:
+    # Imported when first needed: compiled kernels take a second to load, and a GPU needs none.
+    from argrad_service.engine import compiled
+    from argrad_service.engine.kernels.active_set import INFEASIBLE, SOLVED
+
+    solved = compiled.solve_batch(data, options.should_stop)
     is_solved, is_infeasible = solved.code == SOLVED, solved.code == INFEASIBLE
     status = torch.where(is_infeasible, CODE[Status.INFEASIBLE], CODE[Status.OPTIMAL])
     is_fallback = ~(is_solved | is_infeasible)

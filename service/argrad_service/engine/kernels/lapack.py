@@ -55,6 +55,28 @@ def _call_pointers(typing_context: Any, address: Any, pointers: Any) -> Any:  # 
 _call: Any = _call_pointers
 
 
+SMALL = 12
+"""Up to this size plain loops are faster than a call."""
+
+
+@njit(nogil=True, cache=True)
+def _small_cholesky(matrix, n):  # type: ignore[no-untyped-def]
+    """`cholesky` by loops, row by row."""
+    for i in range(n):
+        for j in range(i):
+            value = matrix[i, j]
+            for k in range(j):
+                value -= matrix[i, k] * matrix[j, k]
+            matrix[i, j] = value / matrix[j, j]
+        value = matrix[i, i]
+        for k in range(i):
+            value -= matrix[i, k] * matrix[i, k]
+        if not value > 0.0:
+            return i + 1
+        matrix[i, i] = np.sqrt(value)
+    return 0
+
+
 @njit(nogil=True, cache=True)
 def cholesky(lapack, matrix, n, work):  # type: ignore[no-untyped-def]
     """Lower factor of the leading n × n block, in its lower triangle; 0 if it is definite.
@@ -65,6 +87,8 @@ def cholesky(lapack, matrix, n, work):  # type: ignore[no-untyped-def]
         n: Size.
         work: `Work`'s integers and letters.
     """
+    if n <= SMALL:
+        return _small_cholesky(matrix, n)
     integers, letters, _ = work
     integers[0], integers[1], integers[2] = n, matrix.shape[1], 0
     i, c = integers.ctypes.data, letters.ctypes.data
@@ -77,8 +101,17 @@ def solve_rows(lapack, lower, rows, work):  # type: ignore[no-untyped-def]
     """Each row x of `rows` `(r, n)` becomes L⁻¹x."""
     if rows.shape[0] == 0:  # BLAS calls a leading dimension of 0 an error, here and below
         return
+    n = rows.shape[1]
+    if n <= SMALL:
+        for i in range(rows.shape[0]):
+            for j in range(n):
+                value = rows[i, j]
+                for k in range(j):
+                    value -= lower[j, k] * rows[i, k]
+                rows[i, j] = value / lower[j, j]
+        return
     integers, letters, doubles = work
-    integers[0], integers[1] = rows.shape[1], rows.shape[0]
+    integers[0], integers[1] = n, rows.shape[0]
     integers[2], integers[3] = lower.shape[1], rows.shape[1]
     doubles[0] = 1.0
     i, c = integers.ctypes.data, letters.ctypes.data
@@ -103,6 +136,14 @@ def gram(lapack, rows, out, work):  # type: ignore[no-untyped-def]
     """Lower triangle of `out` `(r, r)`: inner products of the rows."""
     if rows.shape[0] == 0:
         return
+    if rows.shape[1] <= SMALL:
+        for i in range(rows.shape[0]):
+            for j in range(i + 1):
+                value = 0.0
+                for k in range(rows.shape[1]):
+                    value += rows[i, k] * rows[j, k]
+                out[i, j] = value
+        return
     integers, letters, doubles = work
     integers[0], integers[1] = rows.shape[0], rows.shape[1]
     integers[2], integers[3] = rows.shape[1], out.shape[1]
@@ -114,19 +155,30 @@ def gram(lapack, rows, out, work):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def solve_lower(lapack, lower, n, x, work):  # type: ignore[no-untyped-def]
     """x[:n] becomes L⁻¹x."""
+    if n <= SMALL:
+        for i in range(n):
+            value = x[i]
+            for k in range(i):
+                value -= lower[i, k] * x[k]
+            x[i] = value / lower[i, i]
+        return
     _triangular(lapack, lower, n, x, 2, work)
 
 
 @njit(nogil=True, cache=True)
 def solve_upper(lapack, lower, n, x, work):  # type: ignore[no-untyped-def]
     """x[:n] becomes L⁻ᵀx."""
+    if n <= SMALL:
+        for i in range(n - 1, -1, -1):
+            x[i] /= lower[i, i]
+            for k in range(i):
+                x[k] -= lower[i, k] * x[i]
+        return
     _triangular(lapack, lower, n, x, 3, work)
 
 
 @njit(nogil=True, cache=True)
 def _triangular(lapack, lower, n, x, letter, work):  # type: ignore[no-untyped-def]
-    if n == 0:
-        return
     integers, letters, _ = work
     integers[0], integers[1], integers[2] = n, lower.shape[1], 1
     i, c = integers.ctypes.data, letters.ctypes.data

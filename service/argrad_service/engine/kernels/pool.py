@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 
 from threadpoolctl import ThreadpoolController
+
+from argrad_service.engine.options import ShouldStop, Stopped, never_stop
 
 PIECES_PER_THREAD = 4
 """Pieces of a batch for each thread: problems differ in their work."""
@@ -16,27 +20,58 @@ PIECES_PER_THREAD = 4
 SMALLEST_BATCH = 8
 """A smaller batch is not worth waking a thread for."""
 
+PIECE_WORK = 1e9
+"""Floating-point operations of a piece at most, about, unless one problem has more: a caller who left is noticed then."""
+
 _blas = threading.Lock()
 
 
-def over_batch(kernel: Callable[[int, int], None], batch: int, *, work: float) -> None:
-    """Run a kernel over ranges of a batch on all cores while the caller waits; a small batch runs in its own thread.
+def over_batch(
+    kernel: Callable[[int, int], None], batch: int, *, work: float, should_stop: ShouldStop = never_stop
+) -> None:
+    """Run a kernel over ranges of a batch on all cores, the caller's thread among them; a small batch in that alone.
 
     Args:
         kernel: Called with the first problem and one behind the last of each range.
         batch: Number of problems.
         work: Rough number of floating-point operations of one problem.
+        should_stop: Asked before each range.
+
+    Raises:
+        Stopped: should_stop() was true; ranges that had begun are done, the others are not.
     """
+
+    def run(start: int, stop: int) -> None:
+        if should_stop():
+            raise Stopped
+        kernel(start, stop)
+
     threads = _threads()
-    if threads == 1 or batch < SMALLEST_BATCH or batch * work < 2e5:
-        kernel(0, batch)
+    is_small = threads == 1 or batch < SMALLEST_BATCH or batch * work < 2e5
+    pieces = min(batch, max(1 if is_small else threads * PIECES_PER_THREAD, math.ceil(batch * work / PIECE_WORK)))
+    if pieces == 1:
+        run(0, batch)
         return
-    pieces = min(batch, threads * PIECES_PER_THREAD)
     edges = [batch * i // pieces for i in range(pieces + 1)]
+    if is_small:
+        for start, stop in itertools.pairwise(edges):
+            run(start, stop)
+        return
+    left = iter(list(itertools.pairwise(edges)))  # `next` on it is atomic
+
+    def work_off() -> None:
+        for start, stop in left:
+            run(start, stop)
+
     # One BLAS thread in each of ours: more would only wait for each other. The limit is the process's, hence the lock.
     with _blas, _controller().limit(limits=1, user_api="blas"):
-        for done in _pool(os.getpid()).map(kernel, edges[:-1], edges[1:]):
-            del done
+        helpers = [_pool(os.getpid()).submit(work_off) for _ in range(threads - 1)]
+        try:
+            work_off()
+        finally:
+            wait(helpers)  # the arrays belong to the kernels until the last of them has ended
+        for helper in helpers:
+            helper.result()
 
 
 @lru_cache(maxsize=1)
