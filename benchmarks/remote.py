@@ -81,7 +81,7 @@ def _layer_step(workload: Workload, solver: str, client: argrad.Client) -> Calla
     layer = argrad.nn.QPLayer(client, solver=solver, gradients="adjoint")
     given = workload.problem.parameters()
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-    arguments = [leaves.get(name) for name in PARAMETERS]
+    arguments = [leaves.get(name) for name in PARAMETERS if name != "entropy"]
 
     def step() -> object:
         z = layer(*arguments)

@@ -4,6 +4,7 @@ from argrad import nn, problems
 from argrad._version import __version__
 from argrad.aio import AsyncClient
 from argrad.client import Client
+from argrad.defaults import configure
 from argrad.errors import (
     ArgradError,
     AuthenticationError,
@@ -22,7 +23,7 @@ from argrad.errors import (
     StateGoneError,
     UnavailableError,
 )
-from argrad.functional import BoundedQPSolution, QPSolution, TwoSidedSolution, solve_qp, solve_two_sided_qp
+from argrad.functional import BoundedQPSolution, QPSolution, TwoSidedSolution, solve_lp, solve_qp, solve_two_sided_qp
 from argrad.observation import Observation
 from argrad.options import Options
 from argrad.problems import QP, Flag, Status
@@ -61,8 +62,10 @@ __all__ = [
     "TwoSidedSolution",
     "UnavailableError",
     "__version__",
+    "configure",
     "nn",
     "problems",
+    "solve_lp",
     "solve_qp",
     "solve_two_sided_qp",
 ]

@@ -18,6 +18,7 @@ from typing import Annotated, NoReturn
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -111,11 +112,14 @@ def solvers(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
             rows = client.solvers()["solvers"]
     except ArgradError as error:
         _leave(error)
-    table = Table("solver", "problems", "methods", "devices", "summary", title=f"solvers at {url}")
+    table = Table("solver", "problems", "methods", "devices", title=f"solvers at {url}", box=box.SIMPLE_HEAD)
+    summaries = Table("solver", "what it is", box=box.SIMPLE_HEAD)
     for row in rows:
-        methods = ", ".join(method["name"] for method in row["methods"])
-        table.add_row(row["name"], ", ".join(row["problems"]), methods, ", ".join(row["devices"]), row["summary"])
-    Console().print(table)
+        problems = row["problems"] + row.get("sparse", {}).get("problems", [])
+        columns = problems, [method["name"] for method in row["methods"]], row["devices"]
+        table.add_row(row["name"], *(", ".join(words) for words in columns))
+        summaries.add_row(row["name"], row["summary"] + ("" if row["installed"] else " Not installed there."))
+    Console().print(table, summaries)
 
 
 @app.command()

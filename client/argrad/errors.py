@@ -4,7 +4,7 @@ ArgradError
 ├── ProblemError            fix the input: a field is wrong (422; also raised before anything is sent)
 ├── SolveError              the solver said no: infeasible, unbounded, non-convex, not converged
 ├── GradientError           no gradient exists at this solution, or a second derivative was asked for
-├── MissingExtraError       install the extra that the message names
+├── MissingExtraError       install the extra that the message names, here or where the service runs (501)
 ├── ForkedError             start worker processes with `spawn`
 ├── ConnectionFailedError   nobody answers: check the address, or wait and call again
 ├── DeadlineExceededError   raise the deadline, or make the problem smaller (504, or the client's own clock)
@@ -20,7 +20,9 @@ ArgradError
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 
 class ArgradError(Exception):
@@ -77,14 +79,21 @@ class GradientError(ArgradError):
 
 
 class MissingExtraError(ArgradError, ImportError):
-    """The call needs packages that only an extra installs."""
+    """The call needs packages that only an extra installs.
 
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs packages that are not installed: pip install 'argrad[{extra}]'")
-        self.what, self.extra = what, extra
+    Args:
+        what: What needs them.
+        extra: Its name.
+        is_remote: Whether they are missing where the service runs.
+    """
 
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
-        return type(self), (self.what, self.extra)
+    def __init__(self, what: str, extra: str, *, is_remote: bool = False) -> None:
+        where = " where the service runs" if is_remote else ""
+        super().__init__(f"{what} needs packages that are not installed{where}: pip install 'argrad[{extra}]'")
+        self.what, self.extra, self.is_remote = what, extra, is_remote
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return functools.partial(type(self), is_remote=self.is_remote), (self.what, self.extra)
 
 
 class ForkedError(ArgradError, RuntimeError):

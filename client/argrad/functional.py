@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,7 +13,9 @@ from argrad.client import Client
 from argrad.errors import ProblemError
 from argrad.options import OnFailure, Options, check_choices
 from argrad.problems.form import Blocks
+from argrad.problems.sparse_tensors import is_sparse
 from argrad.recorded import Kind
+from argrad.sparse import differentiable_sparse_solve
 from argrad.wire.messages import Gradients
 
 _DEFAULTS = Options()
@@ -52,7 +55,7 @@ class TwoSidedSolution(NamedTuple):
 
 def solve_qp(
     client: Client,
-    Q: Float[Tensor, "*#batch n n"],
+    Q: Float[Tensor, "*#batch n n"] | None,
     q: Float[Tensor, "*#batch n"],
     G: Float[Tensor, "*#batch m n"] | None = None,
     h: Float[Tensor, "*#batch m"] | None = None,
@@ -61,6 +64,7 @@ def solve_qp(
     *,
     lb: Float[Tensor, "*#batch n"] | None = None,
     ub: Float[Tensor, "*#batch n"] | None = None,
+    entropy: Float[Tensor, "*#batch"] | float | None = None,
     options: Options = _DEFAULTS,
     on_failure: OnFailure = "raise",
     gradients: Gradients = "adjoint",
@@ -71,19 +75,23 @@ def solve_qp(
 
     Each parameter is batched, with one dimension B in front, or shared by the batch, and then receives the sum of its
     gradients. Every block of the solution is differentiable, in reverse and in forward mode and under the transforms of
-    `torch.func`; a second derivative raises. `is_grads_batched=True` and `vectorize=True` of `torch.autograd` use an
-    older vmap, which cannot see into this operation and raises: take `torch.func.jacrev` instead.
+    `torch.func`, and its derivatives again, to any order, where the method is exact: with entropy, with sparse matrices
+    or by a method that approximates a second derivative raises. `is_grads_batched=True` and `vectorize=True` of
+    `torch.autograd` use an older vmap, which cannot see into this operation and raises: take `torch.func.jacrev`.
 
     Args:
         client: Who solves.
-        Q: Read as its symmetric part, and so is its gradient. float64 or float32; half precision is refused.
-        q: Of the dtype and on the device of Q, as are all.
+        Q: Read as its symmetric part, and so is its gradient; None in a linear program (see `solve_lp`).
+            A single problem may have Q, G and A as sparse CSR or COO tensors: see docs/sparse.md.
+        q: float64 or float32, as are all, on one device; half precision is refused.
         G: Rows of the inequalities.
         h: Their right-hand sides; +inf does not bind.
         A: Rows of the equalities.
         b: Their right-hand sides.
         lb: Lower bounds; −inf is none.
         ub: Upper bounds; +inf is none.
+        entropy: τ > 0, `()` or `(B,)`, adds τ Σ zᵢ log zᵢ to the objective, which implies z ≥ 0: rows that say no more
+            than that are left out, and their multipliers are 0.
         options: Solver, tolerance, differentiation method.
         on_failure: What happens to a problem without a solution, or without a gradient. `raise` raises at once. `nan`
             makes its rows of the solution NaN, and its gradient, also in the sum over a shared parameter. `zero_grad`
@@ -101,9 +109,10 @@ def solve_qp(
     Raises:
         ProblemError: a parameter does not fit the others, or holds what is not finite; nothing was sent.
         SolveError: a problem has no solution, under `raise`.
-        GradientError: in the backward pass, a problem has no gradient, under `raise`; or it was a second derivative.
+        GradientError: in the backward pass, a problem has no gradient, under `raise`; or it was a second derivative
+            that does not exist here.
     """
-    given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub}
+    given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub, "entropy": _tau(entropy, q)}
     blocks = _solve(client, "qp", given, options, on_failure, gradients, timeout_s, request_id)
     plain = QPSolution(*(blocks[name] for name in QPSolution._fields))
     if lb is None and ub is None:
@@ -112,9 +121,71 @@ def solve_qp(
     return BoundedQPSolution(*plain, blocks.get("lam_lb", empty), blocks.get("lam_ub", empty))
 
 
+def solve_lp(
+    client: Client,
+    c: Float[Tensor, "*#batch n"],
+    G: Float[Tensor, "*#batch m n"] | None = None,
+    h: Float[Tensor, "*#batch m"] | None = None,
+    A: Float[Tensor, "*#batch p n"] | None = None,
+    b: Float[Tensor, "*#batch p"] | None = None,
+    *,
+    lb: Float[Tensor, "*#batch n"] | None = None,
+    ub: Float[Tensor, "*#batch n"] | None = None,
+    options: Options = _DEFAULTS,
+    on_failure: OnFailure = "raise",
+    gradients: Gradients = "adjoint",
+    timeout_s: float | None = None,
+    request_id: str | None = None,
+) -> QPSolution | BoundedQPSolution:
+    """Solve minimise cᵀz subject to Az = b, Gz ≤ h, lb ≤ z ≤ ub, differentiably: `solve_qp` without Q, c its q.
+
+    The solution is a vertex, and stays there while c moves a little: its gradient with respect to c is exactly zero,
+    that of the multipliers is not, and neither are those with respect to G, h, A, b and the bounds. At a vertex in
+    which more rows meet than there are variables the gradient is that of least norm across the dependent rows (flag
+    `dependent`), and cotangents on the multipliers are refused. Where the solution is not unique (flag `nonunique`)
+    the objective is exact, and there is no gradient.
+
+    Args:
+        client: Who solves.
+        c: Costs.
+        G: See `solve_qp`, as for the following.
+        h: See there.
+        A: See there.
+        b: See there.
+        lb: See there.
+        ub: See there.
+        options: See there.
+        on_failure: See there.
+        gradients: See there.
+        timeout_s: See there.
+        request_id: See there.
+
+    Raises:
+        ProblemError: see `solve_qp`; c is called `problem.q`.
+        SolveError: see `solve_qp`.
+        GradientError: see `solve_qp`.
+    """
+    return solve_qp(
+        client,
+        None,
+        c,
+        G,
+        h,
+        A,
+        b,
+        lb=lb,
+        ub=ub,
+        options=options,
+        on_failure=on_failure,
+        gradients=gradients,
+        timeout_s=timeout_s,
+        request_id=request_id,
+    )
+
+
 def solve_two_sided_qp(
     client: Client,
-    P: Float[Tensor, "*#batch n n"],
+    P: Float[Tensor, "*#batch n n"] | None,
     q: Float[Tensor, "*#batch n"],
     A: Float[Tensor, "*#batch m n"] | None = None,
     l: Float[Tensor, "*#batch m"] | None = None,
@@ -130,7 +201,7 @@ def solve_two_sided_qp(
 
     Args:
         client: Who solves.
-        P: Like Q of `solve_qp`.
+        P: Like Q of `solve_qp`; None in a linear program.
         q: Linear term.
         A: Rows.
         l: Their lower bounds; −inf is none.
@@ -162,16 +233,33 @@ def _solve(
     request_id: str | None,
 ) -> Blocks:
     check_choices(on_failure, gradients)
+    present = _present(given)
+    if kind == "qp" and is_sparse(present):
+        return differentiable_sparse_solve(
+            client,
+            present,
+            options=options,
+            gradients=gradients,
+            on_failure=on_failure,
+            timeout_s=timeout_s,
+            request_id=request_id,
+        )
     return differentiable_solve(
         client,
         kind,
-        _present(given),
+        present,
         options=options,
         gradients=gradients,
         on_failure=on_failure,
         timeout_s=timeout_s,
         request_id=request_id,
     )
+
+
+def _tau(entropy: Tensor | float | None, like: Tensor) -> Tensor | None:
+    if entropy is None or isinstance(entropy, Tensor):
+        return entropy
+    return torch.tensor(entropy, dtype=like.dtype, device=like.device)
 
 
 def _present(given: dict[str, Tensor | None]) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from argrad.backend import Call
 from argrad.errors import DeadlineExceededError, ProblemError, StateGoneError
 from argrad.options import Options
 from argrad.problems import QP, Form, check_finite, check_names, parse
+from argrad.problems.sparse import SparseForm
+from argrad.problems.sparse_tensors import as_given, as_parts, form_of_sparse, is_sparse, part_names
 from argrad.problems.two_sided import TwoSidedQP
 from argrad.replies import named, one_each, read_report, read_statuses, section
 from argrad.results import GradientResult, Point, SolveResult, TangentResult
@@ -63,7 +65,7 @@ class Place:
         state: Token that stands for all three, while the service keeps it.
     """
 
-    kind: Literal["qp", "qp_two_sided"]
+    kind: Literal["qp", "qp_two_sided", "sparse_qp"]
     parameters: Mapping[str, Tensor]
     solution: Mapping[str, Tensor]
     state: str | None
@@ -75,11 +77,16 @@ def form_of(problem: QP | Form) -> Form:
     Raises:
         ProblemError: a value is not finite.
     """
-    return problem if isinstance(problem, Form) else parse("qp", problem.parameters())
+    if isinstance(problem, Form):
+        return problem
+    parameters = problem.parameters()
+    return form_of_sparse(parameters) if is_sparse(parameters) else parse("qp", parameters)
 
 
-def kind_of(form: Form) -> Literal["qp", "qp_two_sided"]:
+def kind_of(form: Form) -> Literal["qp", "qp_two_sided", "sparse_qp"]:
     """Name of a form on the wire."""
+    if isinstance(form, SparseForm):
+        return "sparse_qp"
     return "qp_two_sided" if isinstance(form, TwoSidedQP) else "qp"
 
 
@@ -130,6 +137,7 @@ def solve(
     """POST /v1/solve; see `Client.solve`."""
     form = form_of(problem)
     if wrt is not None:
+        wrt = part_names(form, wrt)
         check_names("wrt", wrt, form.names)
     tensors = named("problem", form.parameters)
     if upstream is not None:
@@ -157,7 +165,7 @@ def solve(
         affinity=call.affinity,
         statuses=read_statuses(reply.status),
         report=read_report(reply.report, out, reply.timings_ms),
-        gradients=section(out, "gradients", like) or None,
+        gradients=as_given(form, section(out, "gradients", like)) or None,
         adjoint=section(out, "adjoint", like) or None,
         gradient_statuses=one_each(reply.gradient_status),
     )
@@ -177,6 +185,7 @@ def vjp_at(
 ) -> Generator[Exchange, Reply, GradientResult]:
     """Check what a vjp is asked, as the service would, and make it; see `Client.vjp`."""
     if wrt is not None:
+        wrt = part_names(point.problem, wrt)
         check_names("wrt", wrt, point.problem.names)
     check_upstream(point.problem, upstream, point if isinstance(point, SolveResult) else None)
     result = yield from vjp(
@@ -188,6 +197,8 @@ def vjp_at(
         gradients=gradients,
         failed_gradients=failed_gradients,
     )
+    if result.gradients is not None:
+        result = replace(result, gradients=as_given(point.problem, result.gradients))
     return result.check() if check else result
 
 
@@ -201,6 +212,7 @@ def jvp_at(
     check: bool,
 ) -> Generator[Exchange, Reply, TangentResult]:
     """Check what a jvp is asked, as the service would, and make it; see `Client.jvp`."""
+    tangents = as_parts(point.problem, tangents)
     point.problem.tangents(tangents)
     result = yield from jvp(
         place_of(point),
@@ -306,5 +318,8 @@ def check_upstream(form: Form, upstream: Mapping[str, Tensor], at: SolveResult |
     for name, tensor in upstream.items():
         if failed:
             tensor = tensor.detach().clone()
-            tensor[..., failed, :] = 0.0
+            if form.batch_size is None:
+                tensor.zero_()
+            else:
+                tensor[..., failed, :] = 0.0
         check_finite(f"upstream.{name}", tensor)

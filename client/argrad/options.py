@@ -34,8 +34,8 @@ class Options:
     tolerance: float = 1e-8
     max_iterations: int = 100
     method: str = "auto"
-    solver_options: Mapping[str, bool | float | str] = field(default_factory=dict)
-    method_options: Mapping[str, bool | float | str] = field(default_factory=dict)
+    solver_options: Mapping[str, bool | float | str | None] = field(default_factory=dict)
+    method_options: Mapping[str, bool | float | str | None] = field(default_factory=dict)
     solver_document: SolverDocument = field(init=False, repr=False, compare=False)
     differentiation_document: DifferentiationDocument = field(init=False, repr=False, compare=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from argrad.problems.form import Blocks
 from argrad.problems.formed import DIMENSIONS_BY_KIND
 from argrad.wire.messages import FailedGradients, Gradients
 
-Kind = Literal["qp", "qp_two_sided"]
+Kind = Literal["qp", "qp_two_sided", "sparse_qp"]
 
 ADJOINT_NAMES = {"z": "z", "nu": "nu", "lam": "mu", "lam_lb": "mu_lb", "lam_ub": "mu_ub", "x": "x", "y": "y"}
 """Block of the adjoint that belongs to each block of a solution, and has its shape; the slack has none."""
@@ -45,7 +45,7 @@ class State:
 
 @dataclass(eq=False, kw_only=True)
 class Recorded:
-    """One forward solve. All is settled before it but the last three fields, which it sets.
+    """One forward solve. All is settled before it but the last fields, which it and its derivatives set.
 
     Args:
         client: Who is asked, then and for derivatives.
@@ -59,6 +59,7 @@ class Recorded:
         state: What the service keeps, if it does.
         failed: Problems without a solution.
         batched: Parameters with a batch dimension, as they were sent.
+        method: Differentiation method that the last derivative was formed by.
     """
 
     client: Client
@@ -72,6 +73,7 @@ class Recorded:
     state: State | None = None
     failed: tuple[int, ...] = ()
     batched: frozenset[str] = frozenset()
+    method: str | None = None
     blocks: tuple[str, ...] = field(init=False)
     ranks: tuple[int, ...] = field(init=False)
 
@@ -86,7 +88,12 @@ class Recorded:
     @property
     def adjoint_blocks(self) -> tuple[str, ...]:
         """Names of the adjoint's blocks, in order."""
-        return tuple(ADJOINT_NAMES[name] for name in self.blocks if name in ADJOINT_NAMES)
+        return tuple(ADJOINT_NAMES[name] for name in self.paired_blocks)
+
+    @property
+    def paired_blocks(self) -> tuple[str, ...]:
+        """Blocks of the solution to which one of the adjoint belongs: all but the slack."""
+        return tuple(name for name in self.blocks if name in ADJOINT_NAMES)
 
     @property
     def failed_gradients(self) -> FailedGradients:
@@ -116,6 +123,18 @@ class Recorded:
     def named_blocks(self, tensors: Sequence[Any]) -> dict[str, Any]:
         """Blocks of a solution, or what belongs to them, by name."""
         return dict(zip(self.blocks, tensors, strict=True))
+
+    def off_slack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What belongs to the blocks of a solution, without that of the slack: one for each block of the adjoint."""
+        return [tensor for name, tensor in zip(self.blocks, tensors, strict=True) if name in ADJOINT_NAMES]
+
+    def along_blocks(self, adjoint: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """What belongs to the blocks of the adjoint, in the order of those of a solution, the slack with None."""
+        return self.in_blocks(dict(zip(self.paired_blocks, adjoint, strict=True)))
+
+    def in_blocks(self, named: Mapping[str, Tensor | None]) -> list[Tensor | None]:
+        """What belongs to some blocks of a solution, in order, the others with None."""
+        return [named.get(name) for name in self.blocks]
 
     def unpack(self, operands: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
         """Cut operands into parameters, blocks of the solution, and further groups of the given sizes."""

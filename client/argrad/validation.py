@@ -38,8 +38,10 @@ def validate(model: type[M], document: Mapping[str, Any], *, inside: str = "") -
         raise ProblemError(field, "an unknown field", known)
     found = "nothing" if first["type"] == "missing" else in_words(first["input"])
     wanted = _WANTED_BY_ERROR.get(first["type"], first["msg"].removeprefix("Input should be "))
-    if path[-1:] == ["options"] and first["type"] != "dict_type":
-        wanted = "of each option a number, a string or a truth value"
+    if first["type"] == "too_long":
+        found, wanted = f"{len(first['input'])} entries", f"at most {first['ctx']['max_length']}"
+    elif path[-1:] == ["options"] and first["type"] != "dict_type":
+        wanted = "of each option a number, a string, a truth value or null"
     for bound, sign in _BOUNDS.items():
         if bound in first.get("ctx", {}):
             wanted = f"a number {sign} {first['ctx'][bound]}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from argrad.errors import ArgradError, ProblemError
 
-_VECTORS = frozenset({"q", "h", "b", "lb", "ub", "l", "u"})
+_RANKS = {"entropy": 0} | dict.fromkeys(("q", "h", "b", "lb", "ub", "l", "u"), 1)
 _DOUBLE = 8
 _JSON_NUMBER = 25
 """Bytes of the longest float64 in JSON, with its comma."""
@@ -61,19 +61,23 @@ class Size:
         batch: B, 1 where nothing is batched.
         n: Variables.
         rows: Constraints, bounds included, two-sided rows counted twice.
+        nnz: Stored entries of sparse matrices; None where they are dense.
     """
 
     batch: int
     n: int
     rows: int
+    nnz: int | None = None
 
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor]) -> Size:
         """Read the sizes of a problem's parameters, by the caller's names."""
         last = {name: t.shape[-1] if t.ndim else 0 for name, t in parameters.items()}
-        batches = [t.shape[0] for name, t in parameters.items() if t.ndim > (1 if name in _VECTORS else 2)]
+        batches = [t.shape[0] for name, t in parameters.items() if t.ndim > _RANKS.get(name, 2)]
         rows = sum(last.get(name, 0) for name in ("h", "b", "lb", "ub", "l", "u"))
-        return cls(max(batches, default=1), max(last.get("q", 0), last.get("Q", 0), last.get("P", 0)), rows)
+        stored = [t.numel() for name, t in parameters.items() if name.endswith("_values")]
+        n = max(last.get("q", 0), last.get("Q", 0), last.get("P", 0))
+        return cls(max(batches, default=1), n, rows, sum(stored) if stored else None)
 
     def check(self, limits: Limits) -> None:
         """Refuse a problem that can never be solved here.
@@ -93,8 +97,13 @@ class Size:
 
         Per problem, in doubles: 6n² for Q, its scaled copy and factors, 16 rows·n for the constraints, their copies
         and products, rows²/6 for a mask of pairs of rows, 64 vectors of an iteration.
+
+        Of a sparse problem, 256 doubles a stored entry or row: copies, and factors with moderate fill. Their true fill
+        shows only when they are formed, by a process of its own.
         """
         n, rows = self.n, self.rows
+        if self.nnz is not None:
+            return self.batch * _DOUBLE * 256 * (self.nnz + n + rows)
         return self.batch * _DOUBLE * (6 * n * n + 16 * rows * n + rows * rows // 6 + 64 * (n + rows))
 
 

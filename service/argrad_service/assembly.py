@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from argrad.errors import ProblemError
 from argrad.problems import Adjoint, Form, Solution, Status, check_finite, check_names
 from argrad.wire.messages import FailedGradients, GradientOptions, ReportDocument, TensorMap
-from argrad_service.engine.outcome import Backward, Forward, Tangents
+from argrad_service.engine.outcome import Backward, Outcome, Tangents
 
 Point = TypeVar("Point", Solution, Adjoint)
 _OK = "ok"
@@ -37,9 +38,9 @@ class Cotangent:
         self._form, self._given = form, given
         self._needs_point = not _AT_A_POINT.isdisjoint(given)
         self._checked = form.upstream(given, _placeholder(form) if self._needs_point else None)
-        self._is_finite = all(bool(torch.isfinite(tensor.sum())) for tensor in given.values())
+        self._is_finite = all(math.isfinite(tensor.sum().item()) for tensor in given.values())
 
-    def canonical(self, forward: Forward) -> dict[str, Tensor]:
+    def canonical(self, forward: Outcome) -> dict[str, Tensor]:
         """The cotangents of z, ν, λ and s at an outcome; zero for problems that have no gradient.
 
         Raises:
@@ -79,25 +80,31 @@ def wanted_gradients(options: GradientOptions, form: Form) -> list[str]:
     return options.wrt
 
 
-def solved(form: Form, forward: Forward) -> TensorMap:
+def solved(form: Form, forward: Outcome) -> TensorMap:
     """`solution.*` and `report.*`."""
     blocks = form.solution(_on_caller(form, forward.solution))
     return _named("solution", blocks, form) | report_tensors(form, forward)
 
 
-def report_tensors(form: Form, forward: Forward, differentiated: Backward | Tangents | None = None) -> TensorMap:
+def report_tensors(form: Form, forward: Outcome, differentiated: Backward | Tangents | None = None) -> TensorMap:
     """`report.*`: one number a problem; float64 whatever the caller's dtype, iterations int64."""
     names = ("iterations", "primal_residual", "dual_residual", "gap", "objective")
     numbers = {f"report.{name}": getattr(forward, name) for name in names}
+    if form.batch_size is None:
+        numbers = {name: tensor[0] for name, tensor in numbers.items()}
     for outcome in (forward, differentiated):
         if outcome is not None:
-            numbers |= {f"report.{name}": values for name, values in outcome.measures.items()}
-    if form.batch_size is None:
-        return {name: tensor[0] for name, tensor in numbers.items()}
+            numbers |= measured(form, outcome)
     return numbers
 
 
-def report(form: Form, forward: Forward, differentiated: Backward | Tangents | None) -> ReportDocument:
+def measured(form: Form, outcome: Outcome | Backward | Tangents) -> TensorMap:
+    """`report.*` of what a solver or a method measured beyond residuals: all that a derivative by token adds."""
+    is_single = form.batch_size is None
+    return {f"report.{name}": values[0] if is_single else values for name, values in outcome.measures.items()}
+
+
+def report(form: Form, forward: Outcome, differentiated: Backward | Tangents | None) -> ReportDocument:
     """`report` without its tensors; flags of the solution and of its differentiation together."""
     flags = [[flag.value for flag in found] for found in forward.flags]
     if differentiated is not None:
@@ -122,7 +129,7 @@ def gradient_status(form: Form, differentiated: Backward | Tangents | None) -> s
 
 
 def gradients(
-    form: Form, forward: Forward, backward: Backward, options: GradientOptions, wrt: Sequence[str]
+    form: Form, forward: Outcome, backward: Backward, options: GradientOptions, wrt: Sequence[str]
 ) -> TensorMap:
     """`gradients.*` or `adjoint.*`, with `failed_gradients` where a problem has none."""
     solution, adjoint = _on_caller(form, forward.solution), _on_caller(form, backward.adjoint)
@@ -136,7 +143,7 @@ def gradients(
     return _named("gradients", form.gradients(solution, adjoint, wrt), form)
 
 
-def tangents(form: Form, forward: Forward, outcome: Tangents, failed: FailedGradients) -> TensorMap:
+def tangents(form: Form, forward: Outcome, outcome: Tangents, failed: FailedGradients) -> TensorMap:
     """`tangents.*` of the solution, with `failed_gradients` where a problem has none."""
     blocks, is_failed = (
         _on_caller(form, outcome.solution).blocks(),

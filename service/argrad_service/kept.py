@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from argrad.problems import Form
-from argrad_service.engine.outcome import Forward
+from argrad_service.engine.outcome import Outcome
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class Kept:
     """
 
     form: Form
-    forward: Forward
+    forward: Outcome
     versions: tuple[int, ...]
 
     @property

@@ -33,8 +33,8 @@ from argrad.wire.messages import (
 )
 from argrad_service import assembly
 from argrad_service.admission import Limits, Size, TooLarge, check_iterations, check_reply
-from argrad_service.engine.options import ShouldStop, SolverOptions
-from argrad_service.engine.outcome import Backward, Forward, Tangents
+from argrad_service.engine.options import ShouldStop, SolverOptions, never_stop
+from argrad_service.engine.outcome import Backward, Outcome, Tangents
 from argrad_service.kept import Kept, versions_of
 from argrad_service.state import StateStore
 
@@ -55,7 +55,7 @@ class Engine(Protocol):
         options: SolverOptions | None = ...,
         warm_start: Solution | None = ...,
         device: torch.device | None = ...,
-    ) -> Forward:
+    ) -> Outcome:
         """Solve a batch."""
         ...
 
@@ -66,13 +66,13 @@ class Engine(Protocol):
         *,
         options: SolverOptions | None = ...,
         device: torch.device | None = ...,
-    ) -> Forward:
+    ) -> Outcome:
         """Take over a point that someone else computed."""
         ...
 
     def vjp(
         self,
-        forward: Forward,
+        forward: Outcome,
         upstream: Mapping[str, Tensor],
         *,
         method: str = ...,
@@ -83,7 +83,7 @@ class Engine(Protocol):
 
     def jvp(
         self,
-        forward: Forward,
+        forward: Outcome,
         tangents: Mapping[str, Tensor],
         *,
         method: str = ...,
@@ -158,10 +158,10 @@ class Operations:
                 with _stage(timings, "differentiate"):
                     backward = self._vjp(forward, cotangent, request.differentiation)
                     out |= assembly.gradients(form, forward, backward, request, wrt)
-                    out |= assembly.report_tensors(form, forward, backward)
+                    out |= assembly.measured(form, backward)
             token = None
             if keep:
-                kept = Kept(form, forward, versions)
+                kept = Kept(form, forward.stopped_by(never_stop), versions)
                 token = self._store.put(kept, nbytes=kept.nbytes, owner=owner)
             reply = SolveReply(
                 status=assembly.per_problem(form, forward.status),
@@ -203,7 +203,7 @@ class Operations:
             with _stage(timings, "differentiate"):
                 forward = self._forward(form, place, request.solver, should_stop)
                 backward = self._vjp(forward, cotangent, request.differentiation)
-                out = assembly.report_tensors(form, forward, backward)
+                out = assembly.measured(form, backward) if kept else assembly.report_tensors(form, forward, backward)
                 out |= assembly.gradients(form, forward, backward, request, wrt)
             reply = VjpReply(
                 report=assembly.report(form, forward, backward),
@@ -243,7 +243,7 @@ class Operations:
                 forward = self._forward(form, place, request.solver, should_stop)
                 method = request.differentiation
                 tangents = self._engine.jvp(forward, canonical, method=method.method, options=method.options)
-                out = assembly.report_tensors(form, forward, tangents)
+                out = assembly.measured(form, tangents) if kept else assembly.report_tensors(form, forward, tangents)
                 out |= assembly.tangents(form, forward, tangents, request.failed_gradients)
             reply = JvpReply(
                 report=assembly.report(form, forward, tangents),
@@ -291,13 +291,13 @@ class Operations:
         size, count = Size.of(form.parameters), assembly.cotangent_count(form, cotangents)
         check_reply(self._limits, size, form.parameters, wrt=wrt, cotangents=count, is_json=is_json)
 
-    def _forward(self, form: Form, place: Kept | Solution, solver: SolverDocument, should_stop: ShouldStop) -> Forward:
+    def _forward(self, form: Form, place: Kept | Solution, solver: SolverDocument, should_stop: ShouldStop) -> Outcome:
         if isinstance(place, Kept):
-            return place.forward
+            return place.forward.stopped_by(should_stop)
         return self._engine.at_point(form.problem, place, options=_options(solver, should_stop), device=self._device)
 
     def _vjp(
-        self, forward: Forward, cotangent: assembly.Cotangent, differentiation: DifferentiationDocument
+        self, forward: Outcome, cotangent: assembly.Cotangent, differentiation: DifferentiationDocument
     ) -> Backward:
         upstream, own = cotangent.canonical(forward), differentiation.options
         return self._engine.vjp(forward, upstream, method=differentiation.method, options=own)

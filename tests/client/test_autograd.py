@@ -275,40 +275,6 @@ class TestWhatIsAsked:
         assert given["q"].grad is not None
 
 
-class TestSecondDerivatives:
-    MESSAGE = "a second derivative was asked for: argrad has first derivatives"
-
-    @pytest.mark.parametrize("gradients", ["adjoint", "full"])
-    @pytest.mark.parametrize("name", NAMES)
-    def test_reverse_over_reverse_raises(self, local: Client, name: str, gradients: Any) -> None:
-        given = leaves(simplex(), (name,))
-        z = solve_qp(local, **given, gradients=gradients).z
-        (first,) = torch.autograd.grad(z.square().sum(), given[name], create_graph=True)
-        with pytest.raises(argrad.GradientError, match=self.MESSAGE):
-            first.sum().backward()
-
-    def test_with_respect_to_the_cotangent_it_raises_too(self, local: Client) -> None:
-        given = leaves(simplex(), ("q",))
-        cotangent = torch.ones(2, dtype=D, requires_grad=True)
-        z = solve_qp(local, **given).z
-        (first,) = torch.autograd.grad(z, given["q"], cotangent, create_graph=True)
-        with pytest.raises(argrad.GradientError, match=self.MESSAGE):
-            torch.autograd.grad(first.sum(), cotangent)
-
-    def test_reverse_over_forward_raises(self, local: Client) -> None:
-        given = leaves(simplex(), ("q",))
-        with forward_ad.dual_level():
-            q = forward_ad.make_dual(given["q"], torch.ones(2, dtype=D))
-            tangent = forward_ad.unpack_dual(solve_qp(local, **(given | {"q": q})).z).tangent
-            with pytest.raises(argrad.GradientError, match=self.MESSAGE):
-                tangent.sum().backward()
-
-    def test_create_graph_alone_is_fine(self, local: Client) -> None:
-        given = leaves(simplex(), ("q",))
-        (first,) = torch.autograd.grad(solve_qp(local, **given).z[0], given["q"], create_graph=True)
-        assert first.tolist() == pytest.approx([-0.25, 0.25])
-
-
 class TestFailures:
     """Problem 1 of three is infeasible."""
 

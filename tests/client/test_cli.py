@@ -40,8 +40,8 @@ def url() -> Iterator[str]:
         yield url
 
 
-def run(*arguments: str, stdin: str | None = None) -> Any:
-    return CliRunner().invoke(app, arguments, input=stdin, env={"ARGRAD_URL": None, "COLUMNS": "200"})
+def run(*arguments: str, stdin: str | None = None, columns: int = 200) -> Any:
+    return CliRunner().invoke(app, arguments, input=stdin, env={"ARGRAD_URL": None, "COLUMNS": str(columns)})
 
 
 def test_version() -> None:
@@ -98,9 +98,11 @@ def test_solve_without_a_file() -> None:
 
 
 def test_solvers(service_url: str) -> None:
-    result = run("solvers", "--url", service_url)
+    result = run("solvers", "--url", service_url, columns=80)
     assert result.exit_code == 0
-    assert all(word in result.stdout for word in ("pdipm", "qp", "lp", "kkt", "cpu"))
+    assert all(word in result.stdout for word in ("pdipm", "qp", "lp", "kkt", "cpu", "breakpoint", "sparse_qp"))
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+    assert len(result.stdout.splitlines()) < 60, "every solver fits on a screen or two"
 
 
 def test_doctor(service_url: str) -> None:

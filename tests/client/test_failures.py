@@ -26,6 +26,7 @@ ROWS = [
     (429, "overloaded", argrad.OverloadedError),
     (499, "client-closed", argrad.ConnectionFailedError),
     (500, "internal", argrad.InternalServiceError),
+    (501, "not-installed", argrad.MissingExtraError),
     (503, "not-ready", argrad.UnavailableError),
     (504, "deadline", argrad.DeadlineExceededError),
 ]
@@ -44,12 +45,13 @@ def test_the_table_is_complete() -> None:
 
 @pytest.mark.parametrize(("status", "slug", "wanted"), ROWS, ids=[slug for _, slug, _ in ROWS])
 def test_each_problem_type_is_one_exception(status: int, slug: str, wanted: type[Exception]) -> None:
-    error = failure(problem_reply(status, slug, field="problem.Q", found="this", wanted="that"))
+    members = {"field": "problem.Q", "found": "this", "wanted": "that", "what": "this", "extra": "that"}
+    error = failure(problem_reply(status, slug, **members))
     assert type(error) is wanted
     if isinstance(error, ServiceError):
         assert (error.status_code, error.type, error.request_id) == (status, slug, "abc")
         assert str(error) == f"detail of {slug} (HTTP {status}, request abc)"
-    elif not isinstance(error, argrad.ProblemError):
+    elif not isinstance(error, argrad.ProblemError | argrad.MissingExtraError):
         assert str(error) == f"detail of {slug} (HTTP {status}, request abc)"
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again)) == (type(error), str(error))
@@ -65,6 +67,15 @@ def test_a_refused_gradient_names_its_problems() -> None:
     error = failure(problem_reply(422, "invalid", indices=[1, 4]))
     assert isinstance(error, argrad.GradientError)
     assert error.indices == (1, 4)
+
+
+def test_a_missing_extra_is_rebuilt_and_says_where() -> None:
+    error = failure(problem_reply(501, "not-installed", what="solver 'proxqp'", extra="proxqp"))
+    assert isinstance(error, argrad.MissingExtraError)
+    assert str(error) == (
+        "solver 'proxqp' needs packages that are not installed where the service runs: pip install 'argrad[proxqp]'"
+    )
+    assert type(failure(problem_reply(501, "not-installed"))) is argrad.InternalServiceError
 
 
 def test_an_invalid_without_a_field_is_a_protocol_error() -> None:

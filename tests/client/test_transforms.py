@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import argrad
 from argrad import solve_qp, solve_two_sided_qp
 from argrad.client import Client
 from argrad.folding import Fold
-from tests.client.support import NAMES, D, Recorder, assert_close, draw, infeasible, simplex
+from tests.client.support import NAMES, D, Recorder, assert_close, draw, infeasible
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
@@ -243,33 +243,6 @@ def test_vjp_and_jvp_are_transposes(local: Client) -> None:
     left = sum((c * m).sum() for c, m in zip(cotangents, moved, strict=True))
     right = sum((p * t).sum() for p, t in zip(pulled, tangents, strict=True))
     assert_close(left, right, 1e-10)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        pytest.param(hessian, id="hessian"),
-        pytest.param(lambda f: jacrev(jacrev(f)), id="reverse-over-reverse"),
-        pytest.param(lambda f: jacrev(jacfwd(f)), id="reverse-over-forward"),
-        pytest.param(lambda f: jacfwd(jacfwd(f)), id="forward-over-forward"),
-        pytest.param(lambda f: grad(lambda x: grad(f)(x).sum()), id="grad-of-grad"),
-    ],
-)
-def test_second_derivatives_raise(local: Client, transform: Callable[..., Any], gradients: Mode) -> None:
-    parameters = simplex()
-
-    def loss(q: Tensor) -> Tensor:
-        return solve_qp(local, **(parameters | {"q": q}), gradients=gradients).z.square().sum()
-
-    with pytest.raises(argrad.GradientError, match="a second derivative was asked for"):
-        transform(loss)(parameters["q"])
-
-
-def test_second_derivatives_around_the_solve_are_fine(local: Client) -> None:
-    """The solve is a constant of x here: only its surroundings are differentiated twice."""
-    z = solve_qp(local, **simplex()).z
-    found = hessian(lambda x: (x**3 * z).sum())(torch.ones(2, dtype=D))
-    assert_close(found, torch.diag(6 * z))
 
 
 def test_failures_under_vmap(local: Client, gradients: Mode) -> None:

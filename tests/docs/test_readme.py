@@ -13,6 +13,7 @@ from tests.docs.markdown import ROOT, Block, blocks
 
 DOCUMENTED_URL = "http://127.0.0.1:8000"
 FILES = ("README.md", "docs/api.md")
+PROGRAMS = (*FILES, "docs/layers.md", "docs/migrating-from-qpth.md")
 VARYING = {"timings_ms", "state", "iterations"}
 
 
@@ -22,7 +23,7 @@ def pairs(path: str, language: str) -> list[tuple[Block, Block]]:
     return [(code, found[i + 1]) for i, code in enumerate(found[:-1]) if code.language == language]
 
 
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("path", PROGRAMS)
 def test_python_blocks_print_what_the_page_shows(path, service_url):
     """All blocks of a page are one program, run in the order of the page."""
     namespace = {"__name__": "__main__"}

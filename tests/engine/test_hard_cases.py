@@ -373,6 +373,7 @@ def test_more_rows_through_the_solution_than_there_are_variables(seed: int) -> N
     np.testing.assert_allclose(pulled.adjoint.z.numpy(), 0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_half_a_million_tiny_problems_fit_in_one_call() -> None:
     q = torch.linspace(-2, 2, 500_000, dtype=F64).unsqueeze(-1)
     forward = engine.solve(QP(Q=tensor([[1.0]]), q=q, G=tensor([[1.0], [-1.0]]), h=tensor([1.0, 1.0])))

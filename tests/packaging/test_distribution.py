@@ -18,6 +18,8 @@ HEAVY = (
     "redis",
     "osqp",
     "clarabel",
+    "highspy",
+    "proxsuite",
     "scipy",
     "numba",
     "cvxpy",

@@ -30,6 +30,39 @@ def test_import_of_the_client_pulls_nothing_heavy():
     assert done.stdout == "\n"
 
 
+def test_without_the_extras_the_engine_works_and_names_them():
+    script = """
+import sys
+for name in ("scipy", "numba", "threadpoolctl", "osqp", "clarabel", "highspy", "proxsuite", "fastapi", "structlog"):
+    sys.modules[name] = None
+import argrad, torch
+client, eye, ones = argrad.Client("local"), torch.eye(2), torch.ones(2)
+for options, Q in (
+    *(({"solver": name}, eye) for name in ("auto", "pdipm", "pgd", "barrier", "admm")),
+    *(({"solver": name}, eye) for name in ("pivoting", "osqp", "clarabel", "highs", "proxqp")),
+    ({"solver": "pdipm", "method": "bpqp", "method_options": {"backend": "osqp"}}, eye),
+    ({}, eye.to_sparse()),
+):
+    q = ones.clone().requires_grad_()
+    try:
+        z = argrad.nn.QPLayer(client, **options)(Q, q)
+        z.sum().backward()
+        print("ok")
+    except argrad.MissingExtraError as error:
+        print(error)
+print(len(client.solvers()["solvers"]), "solvers")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    needs = "needs packages that are not installed: pip install 'argrad[{}]'"
+    *said, table = done.stdout.splitlines()
+    assert said[:5] == ["ok"] * 5
+    wanted = [f"solver {name!r}" for name in ("pivoting", "osqp", "clarabel", "highs", "proxqp")]
+    extras = ["service"] * 4 + ["proxqp"] + ["service"] * 2
+    lines = zip([*wanted, "backend 'osqp'", "a sparse problem"], extras, strict=True)
+    assert said[5:] == [f"{what} {needs.format(extra)}" for what, extra in lines]
+    assert table == "9 solvers"
+
+
 def test_changelog_has_the_version():
     version = re.search(r'__version__ = "(.+)"', (ROOT / "client/argrad/_version.py").read_text())[1]
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

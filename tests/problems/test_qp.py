@@ -66,7 +66,6 @@ WRONG = {
         {"b": torch.ones(1, dtype=torch.float64, device="meta")},
         r"problem\.b: found device meta, wanted device cpu, as problem\.Q has",
     ),
-    "sparse": ({"A": ones(1, 2).to_sparse()}, r"problem\.A: found layout torch\.sparse_coo, wanted a dense tensor"),
     "scalar": ({"q": torch.tensor(1.0, dtype=torch.float64)}, r"q: found shape \(\), wanted \(n,\) or \(B, n\)"),
     "rank-low": ({"Q": ones(2)}, r"problem\.Q: found shape \(2,\), wanted \(n, n\) or \(B, n, n\)"),
     "rank-high": ({"G": ones(1, 1, 3, 2)}, r"problem\.G: found shape \(1, 1, 3, 2\), wanted \(m, n\) or \(B, m, n\)"),

@@ -80,7 +80,7 @@ async def test_openapi_describes_every_route_and_resolves(client: httpx.AsyncCli
     for reference in re.findall(r'"\$ref":\s*"#/components/schemas/(\w+)"', json.dumps(document)):
         assert reference in document["components"]["schemas"]
     problem = document["components"]["schemas"]["ProblemDocument"]
-    assert {"kind", "Q", "q", "G", "h", "A", "b", "lb", "ub", "P", "l", "u"} == set(problem["properties"])
+    assert {"kind", "Q", "q", "G", "h", "A", "b", "lb", "ub", "entropy", "P", "l", "u"} == set(problem["properties"])
     types = document["components"]["schemas"]["Problem"]["properties"]["type"]["enum"]
     assert set(types) == {kind.type for kind in (*KINDS.values(), INTERNAL)}
     assert {"400", "409", "413", "422", "429", "504"} <= set(document["paths"]["/v1/vjp"]["post"]["responses"])

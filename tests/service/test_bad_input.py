@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from argrad.wire import JSON, SAFETENSORS, encode
 from argrad.wire.messages import SolverDocument, SolveRequest
+from argrad_service.engine import registry
 from tests.service.support import D, make_app, projection, running_app, simplex
 
 pytestmark = pytest.mark.anyio
@@ -124,7 +125,7 @@ JSON_ROWS = {
     ),
     "an unknown kind": (
         {"problem": simplex() | {"kind": "sdp"}},
-        (422, "invalid", "problem.kind", '"sdp"', "'qp' or 'qp_two_sided'"),
+        (422, "invalid", "problem.kind", '"sdp"', "'qp', 'qp_two_sided' or 'sparse_qp'"),
     ),
     "an unknown field": (
         {"problem": simplex(), "tolerance": 1e-8},
@@ -467,3 +468,29 @@ async def test_unknown_and_foreign_tokens_are_the_same_409(server: httpx.AsyncCl
     assert len(set(map(str, replies))) == 1
     assert replies[0][0] == "state-gone"
     await check_alive(server)
+
+
+async def test_a_solver_whose_packages_are_missing(server: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "is_there", lambda name: name != "proxsuite")
+    response = await server.post("/v1/solve", json={"problem": simplex(), "solver": {"name": "proxqp"}})
+    problem = response.json()
+    assert (response.status_code, problem["type"]) == (501, "not-installed")
+    assert (problem["what"], problem["extra"]) == ("solver 'proxqp'", "proxqp")
+    assert problem["detail"].endswith("not installed: pip install 'argrad[proxqp]'")
+    table = (await server.get("/v1/solvers")).json()["solvers"]
+    assert [row["name"] for row in table if not row["installed"]] == ["proxqp"]
+    await check_alive(server)
+
+
+async def test_an_option_may_be_null_as_its_default_is(server: httpx.AsyncClient):
+    document = {"problem": simplex(), "solver": {"name": "admm", "options": {"rho": None}}}
+    response = await server.post("/v1/solve", json=document)
+    assert response.json()["status"] == "optimal", response.text
+    response = await server.post("/v1/solve", json=document | {"solver": {"name": "admm", "options": {"block": None}}})
+    check_problem(response, 422, "invalid", "solver.options.block", "null", "integer")
+
+
+async def test_more_options_than_any_solver_has(server: httpx.AsyncClient):
+    many = {f"option_{i}": 1 for i in range(33)}
+    response = await server.post("/v1/solve", json={"problem": simplex(), "solver": {"options": many}})
+    check_problem(response, 422, "invalid", "solver.options", "33 entries", "at most 32")

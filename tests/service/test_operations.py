@@ -9,6 +9,7 @@ import torch
 
 from argrad.errors import ProblemError
 from argrad.wire.messages import (
+    DifferentiationDocument,
     JvpRequest,
     ProblemDocument,
     SolverDocument,
@@ -19,7 +20,7 @@ from argrad.wire.messages import (
 )
 from argrad_service import engine
 from argrad_service.admission import Limits, Size, TooLarge
-from argrad_service.engine.options import never_stop
+from argrad_service.engine.options import Stopped, never_stop
 from argrad_service.operations import Operations
 from argrad_service.state import MemoryStateStore, StateGone, TokenSigner
 from tests.service.support import D, projection, tensor
@@ -369,3 +370,18 @@ def test_cotangents_on_bounds_of_a_fixed_variable_are_read_at_the_solution():
     torch.testing.assert_close(point["solution.lam_ub"], tensor(2, 0), **CLOSE)
     torch.testing.assert_close(at_once["gradients.q"], tensor(-1, 0), **CLOSE)
     torch.testing.assert_close(by_state["gradients.q"], tensor(-1, 0), **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["folded", "smoothed"])
+def test_a_derivative_by_state_asks_its_own_call_whether_to_go_on(method: str):
+    operations = make()
+    is_over = False
+    solver = SolverDocument(name="pdipm")
+    run = operations.prepare_solve(SolveRequest(solver=solver), projection((-1, 2)), owner="me")
+    reply, _ = run(lambda: is_over, {})
+    is_over = True
+    request = VjpRequest(state=reply.state, differentiation=DifferentiationDocument(method=method))
+    prepared = operations.prepare_vjp(request, {"upstream.z": tensor([1, 1])}, owner="me")
+    assert prepared(never_stop, {})[0].gradient_status == ["ok"]
+    with pytest.raises(Stopped):
+        prepared(lambda: True, {})

@@ -162,7 +162,7 @@ WRONG = {
         r"solver\.nam: found an unknown field, wanted one of name, tolerance, max_iterations, options$",
     ),
     "section-not-object": ('{"problem": 3}', "problem: found 3, wanted an object"),
-    "kind": ('{"problem": {"kind": "lp"}}', r"problem\.kind: found \"lp\", wanted 'qp' or 'qp_two_sided'"),
+    "kind": ('{"problem": {"kind": "lp"}}', r"problem\.kind: found \"lp\", wanted 'qp', 'qp_two_sided' or 'sparse_qp'"),
     "protocol": ('{"protocol": 2}', "protocol: found 2, wanted 1"),
     "tolerance-zero": (
         '{"solver": {"tolerance": 0}}',

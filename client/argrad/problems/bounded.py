@@ -105,7 +105,7 @@ class BoundedQP(Form):
     def tangents(self, tangents: Mapping[str, Tensor]) -> Blocks:
         """See `Form`."""
         self._check_tangents(tangents)
-        canonical = {name: tangents[name] for name in ("Q", "q") if name in tangents}
+        canonical = {name: tangents[name] for name in ("Q", "q", "entropy") if name in tangents}
         # The rows of bounds are unit vectors, whatever moves.
         for name, matrix, own in (("G", self.problem.G, self.row_map.own_m), ("A", self.problem.A, self.row_map.own_p)):
             if matrix is not None and name in tangents:

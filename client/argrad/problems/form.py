@@ -204,8 +204,10 @@ class Form(ABC):
             tangents[name] if name in tangents else q.new_zeros(size)
             for name, size in (("h", row_map.own_m), ("b", row_map.own_p))
         )
-        h_dot = stack([own_h, -l_dot[..., row_map.lower], u_dot[..., row_map.upper]], rank=1)
-        b_dot = stack([own_b, u_dot[..., row_map.equal]], rank=1)
+        sides = (-l_dot[..., row_map.lower], u_dot[..., row_map.upper])
+        # A side without rows has not made the canonical parameter batched.
+        h_dot = stack([own_h, *(side for side in sides if side.shape[-1])], rank=1)
+        b_dot = stack([own_b, *(side for side in (u_dot[..., row_map.equal],) if side.shape[-1])], rank=1)
         return {"h": h_dot, "b": b_dot}
 
     def _as_canonical(self, tangents: Blocks) -> Blocks:

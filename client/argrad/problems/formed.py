@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor
 
 from argrad.problems.qp import Adjoint, Solution, gradients
+from argrad.problems.residuals import presses_up
 from argrad.problems.rows import BOUNDED, TWO_SIDED
+from argrad.problems.sparse import SPARSE
 
-DIMENSIONS_BY_KIND = {"qp": BOUNDED, "qp_two_sided": TWO_SIDED}
+DIMENSIONS_BY_KIND = {"qp": BOUNDED, "qp_two_sided": TWO_SIDED, "sparse_qp": SPARSE}
 """Dimensions of each parameter, without the batch, for every kind of problem."""
 
 
@@ -73,7 +74,7 @@ def _of_two_sided(
     )
     named = {name: formed[to] for name, to in canonical.items() if to in formed}
     # The side that presses moves the row; ½ at an equality row that neither does, as in `rows.py`.
-    up = torch.heaviside(y, torch.full_like(y, 0.5))
+    up = presses_up(y)
     sides = {"l": -(1 - up) * d_y, "u": -up * d_y}
     return named | {name: _summed(side, name in batched) for name, side in sides.items() if name in wrt}
 

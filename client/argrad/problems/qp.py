@@ -5,6 +5,10 @@
 Lagrangian ½zᵀQz + qᵀz + νᵀ(Az − b) + λᵀ(Gz − h); every sign follows from it. Each parameter is either
 batched, with one leading dimension B, or shared by the batch; the gradient of a shared parameter is
 the sum over the batch.
+
+With a parameter `entropy` τ > 0 the objective has τ Σ zᵢ log zᵢ too, which implies z ≥ 0 (0 log 0 = 0). τ = 0 is
+refused: there the derivative by τ is infinite and the solution need not be unique; the plain problem is stated without
+the parameter, with rows or bounds for z ≥ 0.
 """
 
 from __future__ import annotations
@@ -16,15 +20,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from argrad.problems.shapes import batch_size, check_finite, check_parameters, require, without_empty
+from argrad.problems.shapes import batch_size, check_finite, check_parameters, check_positive, require, without_empty
 
-PARAMETERS = ("Q", "q", "G", "h", "A", "b")
+PARAMETERS = ("Q", "q", "G", "h", "A", "b", "entropy")
 """The parameters of a QP, in the order in which every signature takes them."""
 
 PRIMAL_DUAL = ("z", "nu", "lam", "s")
 """The blocks of a solution, in the order in which every signature returns them."""
 
-DIMENSIONS = {"Q": ("n", "n"), "q": ("n",), "G": ("m", "n"), "h": ("m",), "A": ("p", "n"), "b": ("p",)}
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "Q": ("n", "n"),
+    "q": ("n",),
+    "G": ("m", "n"),
+    "h": ("m",),
+    "A": ("p", "n"),
+    "b": ("p",),
+    "entropy": (),
+}
 """Dimensions of each parameter, without the batch."""
 
 
@@ -40,8 +52,10 @@ class QP:
         h: `(m,)` or `(B, m)`; +inf says that the row does not bind.
         A: `(p, n)` or `(B, p, n)`; None together with `b` where there are no equalities.
         b: `(p,)` or `(B, p)`.
+        entropy: τ > 0 of the term τ Σ zᵢ log zᵢ, `()` or `(B,)`; None without such a term.
 
-    G and A with no rows count as absent, and then say nothing of the batch.
+    G and A with no rows count as absent, and then say nothing of the batch. A single problem may have sparse matrices:
+    Q, G and A as CSR or COO tensors of torch.
 
     Raises:
         ProblemError: a rank, a size, a dtype or a device does not fit the others.
@@ -53,9 +67,12 @@ class QP:
     h: Float[Tensor, "*#batch m"] | None = None
     A: Float[Tensor, "*#batch p n"] | None = None
     b: Float[Tensor, "*#batch p"] | None = None
+    entropy: Float[Tensor, "*#batch"] | None = None
 
     def __post_init__(self) -> None:
         parameters: dict[str, Tensor | None] = {name: getattr(self, name) for name in PARAMETERS}
+        if any(isinstance(t, Tensor) and t.layout != torch.strided for t in parameters.values()):
+            return  # checked where it is taken apart: argrad.problems.sparse_tensors
         require(parameters, "q", DIMENSIONS)
         for matrix, vector in (("G", "h"), ("A", "b")):
             parameters = without_empty(parameters, matrix, vector)
@@ -110,7 +127,7 @@ class QP:
         return self.q.device
 
     def check_finite(self) -> None:
-        """Refuse NaN and infinities; +inf in `h` is a row that does not bind.
+        """Refuse NaN, infinities but for +inf in `h` (a row that does not bind), and an entropy that is not positive.
 
         Costs one pass over the data, and on a GPU one synchronisation a parameter.
 
@@ -120,6 +137,8 @@ class QP:
         for name, tensor in self.parameters().items():
             if name == "h":
                 check_finite("problem.h", tensor, "finite numbers or +inf", allowing=torch.inf)
+            elif name == "entropy":
+                check_positive("problem.entropy", tensor)
             else:
                 check_finite(f"problem.{name}", tensor)
 
@@ -173,6 +192,7 @@ def gradients(
     """Form parameter gradients from an adjoint by outer products.
 
         ∂Q = ½(d_z zᵀ + z d_zᵀ)   ∂q = d_z   ∂G = μzᵀ + λd_zᵀ   ∂h = −μ   ∂A = d_ν zᵀ + ν d_zᵀ   ∂b = −d_ν
+        ∂τ = d_zᵀ(1 + log z)
 
     For a shared parameter the sum over the batch is one matrix product.
 
@@ -200,10 +220,18 @@ def gradients(
             formed[name] = outer(adjoint.mu, z, is_batched) + outer(lam, adjoint.z, is_batched)
         elif name == "A":
             formed[name] = outer(adjoint.nu, z, is_batched) + outer(nu, adjoint.z, is_batched)
+        elif name == "entropy":
+            each = (adjoint.z * log_slope(z)).sum(dim=-1)
+            formed[name] = each if is_batched else each.sum(dim=-1)
         else:
             vector = {"q": adjoint.z, "h": -adjoint.mu, "b": -adjoint.nu}[name]
             formed[name] = vector if is_batched else vector.sum(dim=-2)
     return formed
+
+
+def log_slope(z: Tensor) -> Tensor:
+    """1 + log z, the derivative of z log z; 1 where z is 0, for whatever it multiplies there is 0 too."""
+    return 1 + torch.where(z > 0, z, 1.0).log()
 
 
 def outer(left: Tensor, right: Tensor, is_batched: bool) -> Tensor:

@@ -40,9 +40,14 @@ class Canonical(NamedTuple):
     h: Tensor | None
     A: Tensor | None
     b: Tensor | None
+    entropy: Tensor | None = None
 
 
-BOUNDED = {**DIMENSIONS, "lb": ("n",), "ub": ("n",)}
+BOUNDED = {name: DIMENSIONS[name] for name in DIMENSIONS if name != "entropy"} | {
+    "lb": ("n",),
+    "ub": ("n",),
+    "entropy": DIMENSIONS["entropy"],
+}
 TWO_SIDED = {"P": ("n", "n"), "q": ("n",), "A": ("m", "n"), "l": ("m",), "u": ("m",)}
 
 
@@ -193,6 +198,8 @@ def append_bounds(parameters: Mapping[str, Tensor]) -> tuple[Canonical, RowMap]:
     """Second half of `with_bounds`, for parameters whose shapes were checked."""
     row_map = _classify(parameters, "lb", "ub")
     q = parameters["q"]
+    if row_map.size == 0:
+        return Canonical(*(parameters.get(name) for name in DIMENSIONS)), row_map  # type: ignore[arg-type]  # q is there
     rows = [_unit_rows(index, q) for index in (row_map.lower, row_map.upper, row_map.equal)]
     G, h, A, b = _sides(row_map, rows, parameters.get("lb"), parameters.get("ub"))
     canonical = Canonical(
@@ -202,6 +209,7 @@ def append_bounds(parameters: Mapping[str, Tensor]) -> tuple[Canonical, RowMap]:
         _below(parameters.get("h"), h, rank=1),
         _below(parameters.get("A"), A, rank=2),
         _below(parameters.get("b"), b, rank=1),
+        parameters.get("entropy"),
     )
     return _keep_batch(canonical, batch_size(parameters, BOUNDED)), row_map
 

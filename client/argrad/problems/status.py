@@ -14,6 +14,7 @@ class Status(StrEnum):
     NONCONVEX = "nonconvex"
     MAX_ITERATIONS = "max_iterations"
     NUMERICAL_ERROR = "numerical_error"
+    NO_INTERIOR = "no_interior"
 
     @property
     def sentence(self) -> str:
@@ -29,6 +30,8 @@ class Flag(StrEnum):
     NONUNIQUE = "nonunique"
     REGULARISED = "regularised"
     FALLBACK = "fallback"
+    SMOOTHED = "smoothed"
+    TRUNCATED = "truncated"
 
     @property
     def sentence(self) -> str:
@@ -45,11 +48,16 @@ _SENTENCES: dict[StrEnum, str] = {
     Status.MAX_ITERATIONS: "The iteration limit came first: raise max_iterations or loosen tolerance.",
     Status.NUMERICAL_ERROR: "The residuals stopped falling above the tolerance: scale the problem, or loosen "
     "tolerance.",
+    Status.NO_INTERIOR: "The problem may have a solution, but no point satisfies its inequalities strictly, and the "
+    "barrier method needs one: take another solver.",
     Flag.DEGENERATE: "Some active rows have a zero multiplier: the gradient is one element of the Clarke "
     "subdifferential (those rows are dropped).",
     Flag.DEPENDENT: "Active rows are linearly dependent: z and the gradient are exact in d_z and Aᵀd_ν + Gᵀμ; the "
     "multipliers are not unique, and cotangents on them are refused.",
     Flag.NONUNIQUE: "The primal solution is not unique: the objective is exact, the gradient is refused.",
     Flag.FALLBACK: "The solver of the report could not decide this problem; `pdipm` solved it.",
+    Flag.SMOOTHED: "The gradient is that of a smoothed problem, not of the problem itself: see smoothing_distance.",
+    Flag.TRUNCATED: "The gradient is that of an iterate: it misses the KKT system of the exact solution by more than "
+    "1e-6.",
     Flag.REGULARISED: "The point was accepted from a regularised system, with its residual checked.",
 }

@@ -16,6 +16,7 @@ from argrad.errors import (
     DeadlineExceededError,
     GradientError,
     InternalServiceError,
+    MissingExtraError,
     OverloadedError,
     PayloadTooLargeError,
     ProblemError,
@@ -36,6 +37,7 @@ ERROR_BY_TYPE: Mapping[str, type[ArgradError]] = {
     "too-large": PayloadTooLargeError,
     "unsupported-media-type": ProtocolError,
     "invalid": ProblemError,
+    "not-installed": MissingExtraError,
     "overloaded": OverloadedError,
     "client-closed": ConnectionFailedError,
     "internal": InternalServiceError,
@@ -82,6 +84,11 @@ def failure_from_reply(status_code: int, headers: Mapping[str, str], body: bytes
         if rebuilt is not None:
             return rebuilt
         error = ProtocolError
+    if error is MissingExtraError:
+        what, extra = document.get("what"), document.get("extra")
+        if isinstance(what, str) and isinstance(extra, str):
+            return MissingExtraError(what, extra, is_remote=True)
+        error = InternalServiceError
     if issubclass(error, ServiceError):
         return error(
             message,

@@ -56,6 +56,36 @@ def parse_strictly(where: str, text: bytes | bytearray | str) -> Any:
         raise UnreadableBodyError(where, str(error), "JSON in UTF-8 without repeated keys") from None
 
 
+def parse_header(where: str, text: bytes) -> Any:
+    """`parse_strictly`, quicker where it can be seen at once that no key is repeated.
+
+    Every member has a colon. Those inside strings are counted too, which an escape could hide; without one, the number
+    of colons is right exactly if no key stands twice.
+    """
+    if b"\\u" not in text:
+        try:
+            value = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            return parse_strictly(where, text)
+        if isinstance(value, dict) and text.count(b":") == _members(value) + _colons(value):
+            return value
+    return parse_strictly(where, text)
+
+
+def _colons(value: dict[str, Any]) -> int:
+    """Colons inside the keys and strings of an object and of those in it."""
+    count = 0
+    for key, member in value.items():
+        count += key.count(":")
+        if isinstance(member, str):
+            count += member.count(":")
+        elif isinstance(member, dict):
+            count += _colons(member)
+        elif isinstance(member, list) and any(isinstance(item, str | dict | list) for item in member):
+            return -1  # nothing that a header has: the slower parser reads it
+    return count
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):

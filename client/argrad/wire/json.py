@@ -24,10 +24,12 @@ from argrad.wire.documents import check_tensor_name, parse_object
 from argrad.wire.errors import TooLargeError
 from argrad.wire.messages import M, Message, TensorMap
 
-INTEGER_TENSORS = frozenset({"report.iterations"})
-"""Tensors that hold counts: int64, and only integers are read."""
+INTEGER_TENSORS = frozenset(
+    {"report.iterations", *(f"problem.{name}_{part}" for name in "QGA" for part in ("indptr", "indices"))}
+)
+"""Tensors that hold counts or positions: int64, and only integers are read."""
 
-_SCALAR_SECTION = "report"
+_SCALAR_SECTION, _SCALAR_PARAMETER = "report.", ".entropy"
 _NON_FINITE = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 _MAX_RANK = 8
 _DTYPES = (torch.float64, torch.float32, torch.int64)
@@ -108,9 +110,10 @@ def _too_large(found: str, limit: int) -> TooLargeError:
 
 
 def _to_tensor(name: str, value: object) -> Tensor:
-    """Nested lists, or in a report a bare number, as a tensor."""
+    """Nested lists, or where a single problem has one number a bare number, as a tensor."""
     is_scalar = not isinstance(value, list)
-    if is_scalar and not (name.startswith(f"{_SCALAR_SECTION}.") and _is_number(value)):
+    may_be_scalar = name.startswith(_SCALAR_SECTION) or name.endswith(_SCALAR_PARAMETER)
+    if is_scalar and not (may_be_scalar and _is_number(value)):
         raise ProblemError(field_name(name), in_words(value), "a list of numbers")
     flat, shape = ([value], ()) if is_scalar else _flatten(field_name(name), value)
     kinds = set(map(type, flat))

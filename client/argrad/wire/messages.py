@@ -27,7 +27,7 @@ FailedGradients = Literal["nan", "zero"]
 Section = Mapping[str, frozenset[str]]
 _TENSORS_ONLY: frozenset[str] = frozenset()
 
-OwnOptions = Annotated[dict[str, bool | int | float | str], Field(max_length=32)]
+OwnOptions = Annotated[dict[str, bool | int | float | str | None], Field(max_length=32)]
 """Options of one solver or one method, by name; the engine checks them."""
 
 
@@ -44,10 +44,11 @@ M = TypeVar("M", bound=Message)
 class ProblemDocument(Message):
     """`problem`: its kind; the parameters travel as tensors beside it.
 
-    `qp` takes Q q G h A b and the bounds lb ub; `qp_two_sided` takes P q A l u. Without Q, or P, it is an LP.
+    `qp` takes Q q G h A b, the bounds lb ub and an entropy; `qp_two_sided` takes P q A l u. Without Q, or P, it is an
+    LP. `sparse_qp` takes q h b, and each of Q G A as `_indptr`, `_indices` and `_values`, its CSR triplet.
     """
 
-    kind: Literal["qp", "qp_two_sided"] = "qp"
+    kind: Literal["qp", "qp_two_sided", "sparse_qp"] = "qp"
 
 
 class SolverDocument(Message):
@@ -63,7 +64,7 @@ class SolverDocument(Message):
     name: str = "auto"
     tolerance: Annotated[float, Field(ge=1e-12, le=1e-1)] = 1e-8
     max_iterations: Annotated[int, Field(ge=1, le=10_000)] = 100
-    options: OwnOptions = {}
+    options: OwnOptions = Field(default_factory=dict)
 
 
 class DifferentiationDocument(Message):
@@ -75,7 +76,7 @@ class DifferentiationDocument(Message):
     """
 
     method: str = "auto"
-    options: OwnOptions = {}
+    options: OwnOptions = Field(default_factory=dict)
 
 
 class GradientOptions(Message):
@@ -89,7 +90,7 @@ class GradientOptions(Message):
             over a shared parameter too; `zero` leaves the problem out of the sum.
     """
 
-    differentiation: DifferentiationDocument = DifferentiationDocument()
+    differentiation: DifferentiationDocument = Field(default_factory=DifferentiationDocument)
     wrt: Annotated[list[str], Field(fail_fast=True)] | None = None
     gradients: Gradients = "full"
     failed_gradients: FailedGradients = "nan"
@@ -105,7 +106,7 @@ class SolveRequest(GradientOptions):
     }
     protocol: Literal[1] = PROTOCOL
     problem: ProblemDocument = ProblemDocument()
-    solver: SolverDocument = SolverDocument()
+    solver: SolverDocument = Field(default_factory=SolverDocument)
     keep_state: bool | None = None
 
 
@@ -120,7 +121,7 @@ class VjpRequest(GradientOptions):
     protocol: Literal[1] = PROTOCOL
     state: str | None = None
     problem: ProblemDocument | None = None
-    solver: SolverDocument = SolverDocument()
+    solver: SolverDocument = Field(default_factory=SolverDocument)
 
 
 class JvpRequest(Message):
@@ -134,8 +135,8 @@ class JvpRequest(Message):
     protocol: Literal[1] = PROTOCOL
     state: str | None = None
     problem: ProblemDocument | None = None
-    solver: SolverDocument = SolverDocument()
-    differentiation: DifferentiationDocument = DifferentiationDocument()
+    solver: SolverDocument = Field(default_factory=SolverDocument)
+    differentiation: DifferentiationDocument = Field(default_factory=DifferentiationDocument)
     failed_gradients: FailedGradients = "nan"
 
 
@@ -156,7 +157,7 @@ class ReportDocument(Message):
 
     solver: str
     method: str | None = None
-    flags: list[str] | list[list[str]] = []
+    flags: list[str] | list[list[str]] = Field(default_factory=list)
 
 
 class GradientReply(Message):
@@ -182,11 +183,14 @@ class SolveReply(GradientReply):
     status: str | list[str]
     report: ReportDocument
     state: str | None = None
-    timings_ms: dict[str, float] = {}
+    timings_ms: dict[str, float] = Field(default_factory=dict)
 
 
 class VjpReply(GradientReply):
-    """Reply of /v1/vjp. Tensors: `gradients.*` or `adjoint.*`."""
+    """Reply of /v1/vjp. Tensors: `gradients.*` or `adjoint.*`, and `report.*`.
+
+    By state token the report has only what the method measured: the rest was in the solve's.
+    """
 
     tensor_sections: ClassVar[Section] = {
         "report": REPORT_NAMES,
@@ -195,7 +199,7 @@ class VjpReply(GradientReply):
     }
     protocol: Literal[1] = PROTOCOL
     report: ReportDocument
-    timings_ms: dict[str, float] = {}
+    timings_ms: dict[str, float] = Field(default_factory=dict)
 
 
 class JvpReply(GradientReply):
@@ -204,4 +208,4 @@ class JvpReply(GradientReply):
     tensor_sections: ClassVar[Section] = {"report": REPORT_NAMES, "tangents": _TENSORS_ONLY}
     protocol: Literal[1] = PROTOCOL
     report: ReportDocument
-    timings_ms: dict[str, float] = {}
+    timings_ms: dict[str, float] = Field(default_factory=dict)

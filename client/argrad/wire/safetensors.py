@@ -20,7 +20,7 @@ from torch import Tensor
 
 from argrad.errors import ProblemError
 from argrad.validation import field_name, in_words
-from argrad.wire.documents import parse_strictly
+from argrad.wire.documents import parse_header
 from argrad.wire.errors import UnreadableBodyError
 
 MAX_HEADER_BYTES = 1 << 20
@@ -106,7 +106,7 @@ def _read_header(view: memoryview, max_header_bytes: int) -> tuple[dict[str, Any
     start = 8 + length
     if start > len(view):
         raise UnreadableBodyError("body", f"{len(view)} bytes", f"at least {start}, as the header's length says")
-    header = parse_strictly("header", bytes(view[8:start]))
+    header = parse_header("header", bytes(view[8:start]))
     if not isinstance(header, dict):
         raise UnreadableBodyError("header", in_words(header), "a JSON object")
     return header, start

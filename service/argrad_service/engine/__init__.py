@@ -7,25 +7,40 @@ rounds the result to the dtype that the caller sent.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from argrad.errors import MissingExtraError
 from argrad.problems import QP, Solution
+from argrad.problems.sparse import SparseQP
 from argrad_service.engine.data import Data, stack
 from argrad_service.engine.finish import Guess
 from argrad_service.engine.options import SolverOptions, Stopped
-from argrad_service.engine.outcome import Backward, Forward, Tangents
+from argrad_service.engine.outcome import Backward, Forward, Outcome, Tangents
 from argrad_service.engine.point import guess_at, point_of
-from argrad_service.engine.registry import AUTO, CALLER, FALLBACK, find_method, find_solver
-from argrad_service.engine.registry import describe as solvers
+from argrad_service.engine.registry import (
+    AUTO,
+    CALLER,
+    FALLBACK,
+    SHARED_OPTIONS,
+    describe,
+    find_method,
+    find_solver,
+    is_there,
+)
 from argrad_service.engine.solution import conclude
+
+SPARSE_PACKAGE = "scipy"
 
 __all__ = [
     "Backward",
     "Forward",
+    "Outcome",
     "SolverOptions",
     "Stopped",
     "Tangents",
@@ -50,7 +65,7 @@ def solve(
     options: SolverOptions | None = None,
     warm_start: Solution | None = None,
     device: torch.device | None = None,
-) -> Forward:
+) -> Outcome:
     """Solve a batch of problems.
 
     Args:
@@ -69,6 +84,8 @@ def solve(
         Stopped: `options.should_stop()` was true between two iterations.
     """
     options = options or SolverOptions()
+    if isinstance(problem, SparseQP):
+        return cast("Outcome", _sparse().solve(problem, solver=solver, options=options))
     problem, data = _prepare(problem, device)
     warm = None if warm_start is None else _guess(data, warm_start)
     chosen, options = find_solver(solver, data, options, warm)
@@ -85,7 +102,7 @@ def at_point(
     *,
     options: SolverOptions | None = None,
     device: torch.device | None = None,
-) -> Forward:
+) -> Outcome:
     """Take a solution that someone else computed, and factor what its derivatives need.
 
     The active set is read off the point and confirmed by one solve; the outcome holds the exact solution next to it. A
@@ -98,13 +115,15 @@ def at_point(
         device: Where to compute; by default `default_device()`.
     """
     options = options or SolverOptions()
+    if isinstance(problem, SparseQP):
+        return cast("Outcome", _sparse().at_point(problem, solution, options=options))
     problem, data = _prepare(problem, device)
     guess = _guess(data, solution)
     return conclude(problem, data, point_of(data, guess), options, solver=CALLER)
 
 
 def vjp(
-    forward: Forward,
+    forward: Outcome,
     upstream: Mapping[str, Tensor],
     *,
     method: str = "auto",
@@ -121,12 +140,14 @@ def vjp(
     Raises:
         ProblemError: the method does not exist, does not work with the solver or the problem, or an option is wrong.
     """
+    if not isinstance(forward, Forward):
+        return cast("Backward", _sparse().vjp(forward, upstream, method=method, options=options))
     chosen, own = find_method(method, forward, options)
     return chosen.module.vjp(forward, upstream, own)
 
 
 def jvp(
-    forward: Forward,
+    forward: Outcome,
     tangents: Mapping[str, Tensor],
     *,
     method: str = "auto",
@@ -143,8 +164,37 @@ def jvp(
     Raises:
         ProblemError: the method does not exist, does not work with the solver or the problem, or an option is wrong.
     """
+    if not isinstance(forward, Forward):
+        return cast("Tangents", _sparse().jvp(forward, tangents, method=method, options=options))
     chosen, own = find_method(method, forward, options, is_jvp=True)
     return chosen.module.jvp(forward, tangents, own)
+
+
+def solvers() -> list[dict[str, Any]]:
+    """The table of solvers and their methods.
+
+    Under `sparse` stands what a solver does with problems of kind `sparse_qp`, where the packages for them are
+    installed; a solver that takes no others has an entry of its own.
+    """
+    sparse = _sparse().describe() if is_there(SPARSE_PACKAGE) else {}
+    table = [entry | ({"sparse": sparse[entry["name"]]} if entry["name"] in sparse else {}) for entry in describe()]
+    dense = {entry["name"] for entry in table}
+    return table + [
+        {"name": name, "devices": ["cpu"], "warm_starts": False, "installed": True, "options": SHARED_OPTIONS, **entry}
+        for name, entry in sparse.items()
+        if name not in dense
+    ]
+
+
+def _sparse() -> ModuleType:
+    """What solves and differentiates sparse problems; imported when the first comes, for SciPy takes a moment.
+
+    Raises:
+        MissingExtraError: SciPy is not installed.
+    """
+    if not is_there(SPARSE_PACKAGE):
+        raise MissingExtraError("a sparse problem", "service")
+    return importlib.import_module("argrad_service.engine.sparse")
 
 
 def _prepare(problem: QP, device: torch.device | None) -> tuple[QP, Data]:

@@ -95,7 +95,7 @@ class ActiveSetFactor:
     Args:
         data: The problems.
         rows: Their active rows.
-        lower: `(1 or B, n, n)`, H = LLᵀ.
+        lower: `(1 or B, n, n)`, H = LLᵀ; None where Q is the identity, and H with it.
         rho: `(B,)`, weight ρ of C_aᵀC_a in H.
         scale: `(B, k)`, factor by which each active row is scaled.
         C: `(B, k, n)`, active rows, scaled.
@@ -106,7 +106,7 @@ class ActiveSetFactor:
 
     data: Data
     rows: Rows
-    lower: Tensor
+    lower: Tensor | None
     rho: Tensor
     scale: Tensor
     C: Tensor
@@ -122,7 +122,7 @@ class ActiveSetFactor:
     @property
     def nbytes(self) -> int:
         """Bytes held beyond the problem's own data."""
-        return self.S.nbytes + sum(t.untyped_storage().nbytes() for t in (self.lower, self.C, self.W))
+        return self.S.nbytes + sum(t.untyped_storage().nbytes() for t in (self.lower, self.C, self.W) if t is not None)
 
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Solve the KKT system, with iterative refinement against the problem's own Q and rows.
@@ -152,9 +152,16 @@ class ActiveSetFactor:
             error = torch.minimum(error, torch.nan_to_num(new_error, nan=torch.inf))
             if not bool((halved & (error > ROUNDING * size)).any()):
                 break
+        if self.data.is_linear:
+            # A unique vertex does not move unless its rows do: x is zero exactly, not up to rounding.
+            stays = (r2 == 0).all(1, keepdim=True) & ~self.is_nonunique[:, None, None]
+            x = torch.where(stays, 0.0, x)
         return x, y * self.scale.unsqueeze(-1), error / size
 
     def _solve_once(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        if self.lower is None:
+            y = self.S.solve(self.C @ r1 - r2)
+            return r1 - self.W @ y, y
         right = r1 + self.rho[:, None, None] * (self.C.transpose(1, 2) @ r2)
         u = torch.linalg.solve_triangular(self.lower, right, upper=False)
         y = self.S.solve(self.W.transpose(1, 2) @ u - r2)
@@ -162,7 +169,8 @@ class ActiveSetFactor:
         return x, y
 
     def _residual(self, r1: Tensor, r2: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return r1 - (self.data.Q @ x + self.C.transpose(1, 2) @ y), r2 - self.C @ x
+        Qx = x if self.lower is None else self.data.Q @ x
+        return r1 - (Qx + self.C.transpose(1, 2) @ y), r2 - self.C @ x
 
 
 def _largest(block: Tensor) -> Tensor:
@@ -170,23 +178,39 @@ def _largest(block: Tensor) -> Tensor:
     return block.abs().flatten(1).amax(-1) if block.shape[1] else block.new_zeros(block.shape[0])
 
 
-def factor_active_set(data: Data, active: Tensor, *, lower: Tensor | None = None) -> ActiveSetFactor:
+def factor_active_set(
+    data: Data,
+    active: Tensor,
+    *,
+    lower: Tensor | None = None,
+    columns: Tensor | None = None,
+    is_identity: bool = False,
+) -> ActiveSetFactor:
     """Factor the KKT system of the rows marked in `active`.
 
     Args:
         data: The problems.
         active: `(B, p + m)`, True on the rows that hold with equality; equalities always.
         lower: Cholesky factor of a definite Q, if the caller has it.
+        columns: `(B, n)`, factors by which the columns of the rows are scaled, or None; those of Q are already.
+        is_identity: Whether Q is the identity; `data.Q` is not looked at then.
     """
     rows = gather_active(active)
     every = torch.arange(data.B, device=active.device)
     source = torch.zeros_like(every) if data.C.shape[0] == 1 else every
     C = data.C[source[:, None], rows.index] * rows.valid.unsqueeze(-1)
+    if columns is not None:
+        C = C * columns.unsqueeze(1)
     norms = torch.linalg.vector_norm(C, dim=2)
     scale = torch.where(norms > 0, 1 / norms, torch.ones_like(norms))
     C = C * scale.unsqueeze(2)
     rho = data.q.new_zeros(data.B)
     is_nonunique = torch.zeros(data.B, dtype=torch.bool, device=active.device)
+    if is_identity:
+        S = factor_semidefinite(_pad(C @ C.transpose(1, 2), rows.valid))
+        return ActiveSetFactor(
+            data=data, rows=rows, lower=None, rho=rho, scale=scale, C=C, W=C.mT, S=S, is_nonunique=is_nonunique
+        )
     if lower is None:
         lower, rho, is_nonunique = _factor_hessian(data.Q, C)
     W = torch.linalg.solve_triangular(lower, C.transpose(1, 2), upper=False)

@@ -45,6 +45,8 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 class Data:
     """½zᵀQz + qᵀz subject to C₁z = d₁ (the first p rows), C₂z ≤ d₂ (the other m).
 
+    With τ the objective has τ Σ zᵢ log zᵢ too, which implies z ≥ 0.
+
     Matrices have a leading dimension 1 where they are shared by the batch, vectors always B.
 
     Args:
@@ -54,6 +56,8 @@ class Data:
         d: `(B, p + m)`, finite: a row that cannot bind (h = +inf) is 0·z ≤ 1.
         p: Number of equalities.
         is_linear: Whether Q was absent; it is zero then.
+        tau: `(B,)`, τ > 0, or None without entropy.
+        full_G: With entropy, G as it was given: in C the rows that z ≥ 0 implies cannot bind.
     """
 
     Q: Tensor
@@ -62,10 +66,14 @@ class Data:
     d: Tensor
     p: int
     is_linear: bool = False
+    tau: Tensor | None = None
+    full_G: Tensor | None = None  # noqa: N815 - the field's letter
 
     @property
     def kind(self) -> str:
-        """What a solver must be able to take: `qp` or `lp`."""
+        """What a solver must be able to take: `qp`, `lp` or `entropy`."""
+        if self.tau is not None:
+            return "entropy"
         return "lp" if self.is_linear else "qp"
 
     @property
@@ -94,6 +102,11 @@ class Data:
         return self.C[:, self.p :]
 
     @property
+    def given_G(self) -> Tensor:
+        """Inequality rows as they were given, whose slacks are the caller's."""
+        return self.G if self.full_G is None else self.full_G
+
+    @property
     def b(self) -> Tensor:
         """Right-hand sides of the equalities."""
         return self.d[:, : self.p]
@@ -106,11 +119,14 @@ class Data:
     def select(self, index: Tensor) -> Data:
         """The sub-batch of the problems named by index."""
         Q, C = take(self.Q, index), take(self.C, index)
-        return replace(self, Q=Q, C=C, q=self.q[index], d=self.d[index])
+        if self.tau is None or self.full_G is None:
+            return replace(self, Q=Q, C=C, q=self.q[index], d=self.d[index])
+        tau, full_G = self.tau[index], take(self.full_G, index)
+        return replace(self, Q=Q, C=C, q=self.q[index], d=self.d[index], tau=tau, full_G=full_G)
 
 
 def stack(problem: QP) -> Data:
-    """Symmetrise Q, stack the rows and make rows with h = +inf inert.
+    """Symmetrise Q, stack the rows and make rows that cannot bind inert: h = +inf, or implied by an entropy's z ≥ 0.
 
     Args:
         problem: float64, on the device where it is to be solved.
@@ -132,9 +148,11 @@ def stack(problem: QP) -> Data:
     if problem.Q is not None:
         Q = 0.5 * (Q + Q.transpose(1, 2))
     G, h, A, b = matrix(problem.G), vector(problem.h), matrix(problem.A), vector(problem.b)
-    free = torch.isinf(h)
+    full_G = G
+    free = torch.isinf(h) if problem.entropy is None else torch.isinf(h) | _is_implied(G, h)
     if bool(free.any()):
-        G = torch.where(free.unsqueeze(-1), torch.zeros_like(G), G)
+        shared = free[:1] if bool((free == free[:1]).all()) else free
+        G = torch.where(shared.unsqueeze(-1), torch.zeros_like(G), G)
         h = torch.where(free, torch.ones_like(h), h)
     if A.shape[1] == 0:
         C, d = G, h
@@ -144,7 +162,15 @@ def stack(problem: QP) -> Data:
         rows = max(A.shape[0], G.shape[0])
         C = torch.cat([A.expand(rows, -1, -1), G.expand(rows, -1, -1)], dim=1)
         d = torch.cat([b, h], dim=1)
-    return Data(Q=Q, q=vector(problem.q), C=C, d=d, p=problem.p, is_linear=problem.Q is None)
+    data = Data(Q=Q, q=vector(problem.q), C=C, d=d, p=problem.p, is_linear=problem.Q is None)
+    if problem.entropy is None:
+        return data
+    return replace(data, tau=problem.entropy.reshape(-1).expand(batch), full_G=full_G)
+
+
+def _is_implied(G: Tensor, h: Tensor) -> Tensor:
+    """Rows −a zᵢ ≤ h with a, h ≥ 0, which z ≥ 0 implies, `(B, m)`."""
+    return (G <= 0).all(-1) & ((G != 0).sum(-1) <= 1) & (h >= 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,9 +179,9 @@ class Residuals:
 
     Args:
         primal: max(‖C₁z − d₁‖∞, ‖(C₂z − d₂)₊‖∞).
-        dual: ‖Qz + q + Cᵀy‖∞.
-        gap: |zᵀQz + qᵀz + dᵀy|.
-        objective: ½zᵀQz + qᵀz.
+        dual: ‖Qz + q + Cᵀy‖∞, with entropy ‖Qz + q + τ(1 + log z) + Cᵀy‖∞.
+        gap: |zᵀQz + qᵀz + dᵀy|, with entropy |zᵀ(Qz + q + τ(1 + log z)) + dᵀy|, the duality gap.
+        objective: ½zᵀQz + qᵀz, with entropy + τ Σ zᵢ log zᵢ.
         scaled: Largest of the first three, each divided by 1 + the largest of its terms.
     """
 
@@ -171,12 +197,33 @@ def residuals(data: Data, z: Tensor, y: Tensor) -> Residuals:
     Qz, Cz, Cty = matvec(data.Q, z), matvec(data.C, z), matvec_t(data.C, y)
     violation = Cz - data.d
     violation = torch.cat([violation[:, : data.p].abs(), violation[:, data.p :].clamp(min=0)], dim=1)
-    primal, dual = inf_norm(violation), inf_norm(Qz + data.q + Cty)
+    gradient, q = Qz + data.q + Cty, data.q
     zQz, qz, dy = dot(z, Qz), dot(data.q, z), dot(data.d, y)
+    objective = 0.5 * zQz + qz
+    if data.tau is not None:
+        slope, is_small = entropy_slope(data.tau, z)
+        # Below the smallest z that a float64 holds with all digits only the sign of what is missing can be judged.
+        gradient = torch.where(is_small, (gradient + slope).clamp(max=0), gradient + slope)
+        q = torch.where(is_small, q, q + slope)
+        qz = qz + dot(slope, z)
+        objective = objective + dot(slope, z) - data.tau * z.sum(-1)
+        violation = torch.cat([violation, (-z).clamp(min=0)], dim=1)
+    primal, dual = inf_norm(violation), inf_norm(gradient)
     gap = (zQz + qz + dy).abs()
     primal_scale = 1 + torch.maximum(inf_norm(Cz), inf_norm(data.d))
-    dual_scale = 1 + torch.maximum(torch.maximum(inf_norm(Qz), inf_norm(data.q)), inf_norm(Cty))
+    dual_scale = 1 + torch.maximum(torch.maximum(inf_norm(Qz), inf_norm(q)), inf_norm(Cty))
     gap_scale = 1 + torch.maximum(torch.maximum(zQz.abs(), qz.abs()), dy.abs())
     scaled = torch.maximum(torch.maximum(primal / primal_scale, dual / dual_scale), gap / gap_scale)
     scaled = torch.nan_to_num(scaled, nan=torch.inf)
-    return Residuals(primal=primal, dual=dual, gap=gap, objective=0.5 * zQz + qz, scaled=scaled)
+    return Residuals(primal=primal, dual=dual, gap=gap, objective=objective, scaled=scaled)
+
+
+def entropy_slope(tau: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """τ(1 + log z), with the smallest normal float64 in the place of a smaller z; and where z is that small.
+
+    Args:
+        tau: `(B,)`.
+        z: `(B, n)`.
+    """
+    smallest = torch.finfo(z.dtype).tiny
+    return tau.unsqueeze(-1) * (1 + z.clamp(min=smallest).log()), z <= smallest

@@ -101,7 +101,11 @@ class PrimalCandidates:
         factor = factor_active_set(data, guess.active, lower=lower)
         z, y, error = solve_on_active_set(factor, guess)
         s = data.d - matvec(data.C, z)
-        return y, s, _is_on_rows(guess.active, s) & (error <= CONSISTENT)
+        # Far from the origin, as where the problem is unbounded, a solution relative to its own size is none.
+        Qz, Cty = matvec(data.Q, z), matvec_t(data.C, y)
+        size = 1e-3 + inf_norm(data.q) + inf_norm(Qz) + inf_norm(Cty)
+        is_stationary = inf_norm(data.q + Qz + Cty) <= CONSISTENT * size
+        return y, s, _is_on_rows(guess.active, s) & (error <= CONSISTENT) & is_stationary
 
 
 def solve_on_active_set(factor: ActiveSetFactor, guess: Guess) -> tuple[Tensor, Tensor, Tensor]:

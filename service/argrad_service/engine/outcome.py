@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from argrad.problems import QP, Adjoint, Flag, Solution, Status
 from argrad_service.engine.data import Data
-from argrad_service.engine.options import SolverOptions
+from argrad_service.engine.options import ShouldStop, SolverOptions
 from argrad_service.engine.point import KKTFactor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Forward:
-    """Outcome of a forward solve: a verdict on each problem, and what its backward needs.
+class Outcome:
+    """Outcome of a forward solve: a verdict on each problem.
 
     All tensors are float64 and have the batch dimension B (1 where no parameter is batched).
 
     Args:
         problem: The problem as it was solved, on the engine's device.
-        data: The same in stacked rows.
         solution: Rows of problems that are not optimal hold the last iterate.
         status: Verdict on each problem.
         flags: What else is to be known of each problem.
@@ -33,12 +33,10 @@ class Forward:
         objective: ½zᵀQz + qᵀz.
         solver: Name of the solver that ran.
         options: With which it ran, its own ones read; methods that repeat its iteration need them.
-        factor: What `kkt` reuses: the system of the active set, and which problems have a solution.
         measures: What else the solver measured, `(B,)` each, on the CPU.
     """
 
     problem: QP
-    data: Data
     solution: Solution
     status: tuple[Status, ...]
     flags: tuple[tuple[Flag, ...], ...]
@@ -49,8 +47,29 @@ class Forward:
     objective: Float[Tensor, " batch"]
     solver: str
     options: SolverOptions
-    factor: KKTFactor
     measures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keeping this outcome costs."""
+        raise NotImplementedError
+
+    def stopped_by(self, should_stop: ShouldStop) -> Self:
+        """The same outcome for another call, which its derivatives ask whether to go on."""
+        return replace(self, options=replace(self.options, should_stop=should_stop))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Forward(Outcome):
+    """Outcome of a batch of dense problems, with what its backward needs.
+
+    Args:
+        data: The problems in stacked rows.
+        factor: What `kkt` reuses: the system of the active set, and which problems have a solution.
+    """
+
+    data: Data
+    factor: KKTFactor
 
     @property
     def nbytes(self) -> int:

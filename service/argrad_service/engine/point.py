@@ -10,7 +10,8 @@ from torch import Tensor
 
 from argrad.problems import Status
 from argrad_service.engine.active_set import Rows
-from argrad_service.engine.data import Data, Residuals, matvec, residuals
+from argrad_service.engine.data import Data, Residuals, inf_norm, matvec, residuals
+from argrad_service.engine.entropy import EntropyCandidates
 from argrad_service.engine.finish import Guess, PrimalCandidates, find_active_set
 from argrad_service.engine.semidefinite import cholesky_or_none
 
@@ -70,11 +71,13 @@ class KKTFactor:
         factor: KKT system of the strongly active rows.
         is_optimal: `(B,)`, problems that have a solution to differentiate.
         is_weak: `(B,)`, problems with weakly active rows.
+        is_regular: Whether every problem is known to be optimal, without weakly active or dependent rows, and unique.
     """
 
     factor: KKTSystem
     is_optimal: Tensor
     is_weak: Tensor
+    is_regular: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -167,7 +170,11 @@ def guess_at(data: Data, z: Tensor, y: Tensor) -> Guess:
 def point_of(data: Data, guess: Guess) -> Point:
     """The point of a caller's solution: its active set, confirmed or corrected by a few candidate solves."""
     point = confirm(data, guess)
-    is_near = residuals(data, guess.z, guess.y).scaled <= NEAR
+    if data.tau is None:
+        is_near = residuals(data, guess.z, guess.y).scaled <= NEAR
+    else:
+        # The residual of a small z is not small where the caller's rounding is not.
+        is_near = point.is_exact & (inf_norm(point.z - guess.z) <= NEAR * (1 + inf_norm(guess.z)))
     code = torch.where(is_near, CODE[Status.OPTIMAL], CODE[Status.NUMERICAL_ERROR])
     point.status = torch.where(point.status == CODE[Status.NONCONVEX], point.status, code)
     return point
@@ -188,9 +195,14 @@ def confirm(data: Data, guess: Guess, *, rounds: int = _ROUNDS) -> Point:
     point = unsolved(data)
     lower, is_definite, is_convex = factor_convex(data.Q)
     point.lower = lower if bool(is_definite.all()) else None
-    active, is_found = find_active_set(guess, data.p, PrimalCandidates(data, point.lower), rounds=rounds)
+    candidates = PrimalCandidates(data, point.lower) if data.tau is None else EntropyCandidates(data)
+    active, is_found = find_active_set(guess, data.p, candidates, rounds=rounds)
     point.active = torch.where(is_found.unsqueeze(-1), active, guess.active)
     point.z, point.y, point.is_exact = guess.z, guess.y, is_found
+    if isinstance(candidates, EntropyCandidates):
+        is_new = is_found.unsqueeze(-1)
+        point.z = torch.where(is_new, candidates.z, guess.z)
+        point.y = torch.where(is_new, candidates.y, guess.y)
     point.status = torch.where(is_found, CODE[Status.OPTIMAL], point.status)
     point.status = torch.where(is_convex, point.status, CODE[Status.NONCONVEX])
     return point

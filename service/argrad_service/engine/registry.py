@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 from torch import Tensor
@@ -32,6 +33,13 @@ FALLBACK = "pdipm"
 MOST_VARIABLES_OF_MANY_ROWS = 64
 """With more rows than variables `auto` takes `pivoting` up to this size: beyond it the dual active set takes as many
 steps as there are active rows, each a pass over all rows, and the batched interior point is faster."""
+
+
+SHARED_OPTIONS: dict[str, dict[str, float]] = {
+    "tolerance": {"default": SolverOptions.tolerance, "least": 1e-12, "most": 0.1},
+    "max_iterations": {"default": SolverOptions.max_iterations, "least": 1, "most": 10_000},
+}
+"""Options that all solvers understand, as the table of solvers shows them."""
 
 
 class SolverModule(Protocol):
@@ -65,11 +73,11 @@ class Solver:
     Args:
         name: What requests call it.
         summary: What it is, in a sentence.
-        kinds: Problems that it takes: `qp`, `lp`.
+        kinds: Problems that it takes: `qp`, `lp`, `entropy`.
         devices: Where it runs.
         methods: Differentiation methods that work with it; the first is what `auto` takes.
         warm_starts: Whether it makes use of a warm start.
-        packages: What must be installed for it beyond the client's own.
+        packages: What must be installed for it beyond the client's own, to run on the CPU.
         extra: The extra that installs them.
     """
 
@@ -77,7 +85,7 @@ class Solver:
     summary: str
     kinds: tuple[str, ...]
     devices: tuple[str, ...] = ("cpu", "cuda")
-    methods: tuple[str, ...] = ("kkt",)
+    methods: tuple[str, ...] = ("kkt", "bpqp", "folded")
     warm_starts: bool = False
     packages: tuple[str, ...] = ()
     extra: str = "service"
@@ -90,7 +98,13 @@ class Solver:
     @property
     def is_installed(self) -> bool:
         """Whether its packages are there."""
-        return all(importlib.util.find_spec(name) is not None for name in self.packages)
+        return all(is_there(name) for name in self.packages)
+
+
+@lru_cache(maxsize=64)
+def is_there(package: str) -> bool:
+    """Whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +136,68 @@ SOLVERS = {
     for solver in (
         Solver(
             name="pivoting",
-            summary="Exact active sets of strictly convex problems by compiled kernels; hard ones go to pdipm.",
+            summary="Exact active sets of strictly convex problems, compiled on the CPU; hard ones go to pdipm.",
             kinds=("qp",),
-            devices=("cpu",),
             packages=("numba", "scipy", "threadpoolctl"),
         ),
         Solver(
             name="pdipm",
             summary="Batched primal-dual interior point method, finished on the exact active set.",
-            kinds=("qp", "lp"),
+            kinds=("qp", "lp", "entropy"),
+            methods=("kkt", "bpqp", "smoothed", "folded"),
             warm_starts=True,
+        ),
+        Solver(
+            name="pgd",
+            summary="Projected gradient, plain or accelerated; the projection is a QP, a box or a simplex.",
+            kinds=("qp",),
+            methods=("kkt", "bpqp", "unrolled", "folded"),
+        ),
+        Solver(
+            name="barrier",
+            summary="Log-barrier Newton method with phase I, for problems with a strictly feasible point.",
+            kinds=("lp", "qp"),
+            methods=("kkt", "bpqp", "unrolled", "smoothed", "folded"),
+        ),
+        Solver(
+            name="admm",
+            summary="Batched ADMM in Alt-Diff's splitting, finished on the exact active set.",
+            kinds=("qp", "lp", "entropy"),
+            methods=("kkt", "bpqp", "altdiff", "folded", "unrolled"),
+            warm_starts=True,
+        ),
+        Solver(
+            name="osqp",
+            summary="OSQP, the operator splitting library, polished and finished on the exact active set.",
+            kinds=("qp", "lp"),
+            devices=("cpu",),
+            warm_starts=True,
+            packages=("osqp", "scipy"),
+        ),
+        Solver(
+            name="clarabel",
+            summary="Clarabel, the interior point library, finished on the exact active set.",
+            kinds=("qp", "lp"),
+            devices=("cpu",),
+            packages=("clarabel", "scipy"),
+        ),
+        Solver(
+            name="highs",
+            summary="HiGHS: simplex with its basis for linear programs, and an active-set code for convex ones.",
+            kinds=("lp", "qp"),
+            methods=("kkt", "bpqp", "smoothed", "folded"),
+            devices=("cpu",),
+            warm_starts=True,
+            packages=("highspy",),
+        ),
+        Solver(
+            name="proxqp",
+            summary="ProxQP, the proximal augmented Lagrangian library, finished on the exact active set.",
+            kinds=("qp",),
+            devices=("cpu",),
+            warm_starts=True,
+            packages=("proxsuite",),
+            extra="proxqp",
         ),
     )
 }
@@ -142,6 +208,34 @@ METHODS = {
         Method(
             name="kkt",
             summary="Implicit differentiation of the KKT conditions on the exact active set, by the forward factor.",
+            kinds=("qp", "lp", "entropy"),
+            has_jvp=True,
+        ),
+        Method(
+            name="unrolled",
+            summary="Automatic differentiation of the solver's own iterations, all of them or the last few.",
+            kinds=("qp", "lp"),
+            takes_points=False,
+        ),
+        Method(
+            name="smoothed",
+            summary="Derivatives of a smoothed problem: barrier, quadratic, entropy or random perturbations.",
+            kinds=("lp", "qp"),
+        ),
+        Method(
+            name="altdiff",
+            summary="Alternating differentiation: the derivative of ADMM's iteration, truncated.",
+            kinds=("qp", "lp", "entropy"),
+            takes_points=False,
+        ),
+        Method(
+            name="folded",
+            summary="Fixed-point folding of ADMM or projected gradient: iteration, GMRES or BiCGSTAB at the solution.",
+            kinds=("qp", "lp", "entropy"),
+        ),
+        Method(
+            name="bpqp",
+            summary="The backward pass as a QP on the active set of any solution: direct, by OSQP, or by multipliers.",
             kinds=("qp", "lp"),
             has_jvp=True,
         ),
@@ -170,7 +264,7 @@ def find_solver(name: str, data: Data, options: SolverOptions, warm: Guess | Non
     device = data.q.device.type
     if device not in solver.devices:
         raise ProblemError("solver.name", f"{name!r} on {device}", f"a solver for {device}")
-    if not solver.is_installed:
+    if device == "cpu" and not solver.is_installed:
         raise MissingExtraError(f"solver {name!r}", solver.extra)
     own = options.own
     if not isinstance(own, OwnOptions):
@@ -179,9 +273,12 @@ def find_solver(name: str, data: Data, options: SolverOptions, warm: Guess | Non
 
 
 def _suits_pivoting(data: Data, warm: Guess | None) -> bool:
-    is_small = data.m <= data.n - data.p or data.n <= MOST_VARIABLES_OF_MANY_ROWS
-    able = data.kind == "qp" and data.q.device.type == "cpu" and SOLVERS["pivoting"].is_installed
-    return warm is None and is_small and able
+    if warm is not None or data.kind != "qp":
+        return False
+    has_few_rows = data.m <= data.n - data.p
+    if data.q.device.type != "cpu":
+        return has_few_rows
+    return (has_few_rows or data.n <= MOST_VARIABLES_OF_MANY_ROWS) and SOLVERS["pivoting"].is_installed
 
 
 def find_method(
@@ -238,10 +335,7 @@ def describe() -> list[dict[str, Any]]:
                 }
                 for name in solver.methods
             ],
-            "options": {
-                "tolerance": {"default": SolverOptions.tolerance, "least": 1e-12, "most": 0.1},
-                "max_iterations": {"default": SolverOptions.max_iterations, "least": 1, "most": 10_000},
-            },
+            "options": SHARED_OPTIONS,
             "own_options": describe_options(solver.module.Options) if solver.is_installed else {},
         }
         for solver in SOLVERS.values()

@@ -8,10 +8,12 @@ from torch import Tensor
 from argrad.problems import QP, Flag, Solution, Status
 from argrad_service.engine.active_set import factor_active_set
 from argrad_service.engine.data import Data, Residuals, inf_norm, matvec, residuals
+from argrad_service.engine.entropy import factor_entropy, solve_on_rows
 from argrad_service.engine.finish import Guess, solve_on_active_set
+from argrad_service.engine.forward.vertices import is_unique_vertex
 from argrad_service.engine.options import SolverOptions
 from argrad_service.engine.outcome import Forward
-from argrad_service.engine.point import CODE, STATUSES, KKTFactor, Point
+from argrad_service.engine.point import CODE, STATUSES, KKTFactor, KKTSystem, Point
 
 WEAK = 1e-10
 """τ: a row with λ ≤ τ‖λ‖∞ and s ≤ τ(1 + |h|) is weakly active (math: the map is not differentiable there)."""
@@ -32,15 +34,21 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
         h = _inequality_bounds(problem, data.B)
         s = torch.where(torch.isinf(h), h, done.s)
         is_optimal = torch.ones(data.B, dtype=torch.bool, device=data.q.device)
-        kkt = KKTFactor(factor=done.factor, is_optimal=is_optimal, is_weak=~is_optimal)
+        kkt = KKTFactor(factor=done.factor, is_optimal=is_optimal, is_weak=~is_optimal, is_regular=True)
         return _outcome(problem, point, kkt, (point.z, point.y, s), done.judged, point.status, {}, solver, options)
     is_optimal = point.status == CODE[Status.OPTIMAL]
     active = point.active & (is_optimal.unsqueeze(-1) | _equalities(data))
-    factor = factor_active_set(data, active, lower=point.lower)
-    z, y, _ = solve_on_active_set(factor, Guess(active=active, z=point.z, y=point.y))
+    guess = Guess(active=active, z=point.z, y=point.y)
+    factor: KKTSystem
+    if data.tau is None:
+        factor = kkt_system = factor_active_set(data, active, lower=point.lower)
+        z, y, _ = solve_on_active_set(kkt_system, guess)
+    else:
+        z, y, _ = solve_on_rows(data, guess)
+        factor = factor_entropy(data, z, active)
     y[:, data.p :].clamp_(min=0)
     judged = residuals(data, z, y)
-    is_regularised = torch.zeros_like(is_optimal)
+    is_regularised = takes_point = torch.zeros_like(is_optimal)
     status = point.status
     if point.is_final or not bool((is_optimal & (judged.scaled <= options.tolerance)).all()):
         # Where the active set was not confirmed, the solver's own point may be the better of the two.
@@ -55,9 +63,18 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
         is_optimal = is_optimal & ~fails
 
     lam, h = y[:, data.p :], _inequality_bounds(problem, data.B)
-    s = _slacks(data, z, h, active)
-    strong, weak = _strength(data, lam, s, h, active)
-    if bool((strong != active).any()):
+    s = _slacks(data.G, z, data.h, h, active)
+    strong, weak_rows = _strength(data, lam, s, h, active)
+    weak = weak_rows.any(-1)
+    if data.is_linear and data.tau is None and bool((weak & is_optimal).any()):
+        is_vertex = is_unique_vertex(data, strong, weak_rows, is_optimal, options.should_stop)
+        strong[:, data.p :] |= weak_rows & is_vertex.unsqueeze(-1)
+        weak = weak & ~is_vertex
+    if data.tau is not None:
+        s = _slacks(data.given_G, z, h, h, active)
+        if bool(takes_point.any()) or bool((strong != active).any()):
+            factor = factor_entropy(data, z.clamp(min=0), strong)
+    elif bool((strong != active).any()):
         factor = factor_active_set(data, strong, lower=point.lower)
     kkt = KKTFactor(factor=factor, is_optimal=is_optimal, is_weak=weak & is_optimal)
     flags = {
@@ -123,18 +140,18 @@ def _inequality_bounds(problem: QP, batch: int) -> Tensor:
     return problem.h.expand(batch, -1) if problem.h.ndim == 1 else problem.h
 
 
-def _slacks(data: Data, z: Tensor, h: Tensor, active: Tensor) -> Tensor:
-    """H − Gz, not below zero; exactly zero on active rows, +inf where h is."""
-    s = (data.h - matvec(data.G, z)).clamp(min=0)
-    s = torch.where(active[:, data.p :], torch.zeros_like(s), s)
+def _slacks(G: Tensor, z: Tensor, finite: Tensor, h: Tensor, active: Tensor) -> Tensor:
+    """H − Gz, not below zero; exactly zero on active rows, +inf where h is and `finite` is not."""
+    s = (finite - matvec(G, z)).clamp(min=0)
+    s = torch.where(active[:, active.shape[1] - s.shape[1] :], torch.zeros_like(s), s)
     return torch.where(torch.isinf(h), h, s)
 
 
 def _strength(data: Data, lam: Tensor, s: Tensor, h: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """Strongly active rows `(B, p + m)`, and whether a problem has weakly active ones `(B,)`."""
+    """Strongly active rows `(B, p + m)`, and weakly active inequalities `(B, m)`."""
     no_force = lam <= WEAK * inf_norm(lam).unsqueeze(-1)
     no_room = s <= WEAK * (1 + data.h.abs())
     weak_rows = no_force & no_room & ~torch.isinf(h)
     strong = active.clone()
     strong[:, data.p :] &= ~weak_rows
-    return strong, weak_rows.any(-1)
+    return strong, weak_rows

@@ -127,7 +127,7 @@ VJP = {
                 "q": [[[-1.0, 0.0], [-1.0, -1.0]], [[0.0, 0.0], [0.0, -1.0]]],
                 "h": [[0.0, -1.0], [0.0, -1.0]],
             },
-            "report": {**_batch_report([-0.5, -4.625]), "method": "kkt"},
+            "report": {"solver": "pivoting", "method": "kkt", "flags": [[], []]},
             "timings_ms": {"read": 0.1, "decode": 0.1, "queue": 0.1, "differentiate": 0.5},
         },
     ),

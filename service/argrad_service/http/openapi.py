@@ -16,14 +16,14 @@ from argrad_service.http.problems import CONTENT_TYPE, INTERNAL, KINDS, Kind
 _REF = "#/components/schemas/{model}"
 _DOCUMENTS: tuple[type[Message], ...] = (SolveRequest, VjpRequest, JvpRequest, SolveReply, VjpReply, JvpReply)
 _TENSOR_NAMES = {
-    "problem": ("Q", "q", "G", "h", "A", "b", "lb", "ub", "P", "l", "u"),
+    "problem": ("Q", "q", "G", "h", "A", "b", "lb", "ub", "entropy", "P", "l", "u"),
     "report": ("iterations", "primal_residual", "dual_residual", "gap", "objective"),
 }
 _SECTIONS_WITH_DOCUMENT = {"problem": "ProblemDocument", "report": "ReportDocument"}
 
 _TENSOR = {
     "description": 'Nested lists of numbers; "Infinity", "-Infinity" and "NaN" stand for what is not finite. A number '
-    "a problem in a report of a single problem.",
+    "a problem in a report of a single problem, and for an entropy that all problems share.",
     "anyOf": [
         {"type": "number"},
         {"enum": ["Infinity", "-Infinity", "NaN"]},
@@ -43,6 +43,8 @@ _PROBLEM = {
         "field": {"type": "string", "description": "What is wrong."},
         "found": {"type": "string", "description": "What was there."},
         "wanted": {"type": "string", "description": "What would have been accepted."},
+        "what": {"type": "string", "description": "Of `not-installed`: what needs packages that are not there."},
+        "extra": {"type": "string", "description": "Of `not-installed`: the extra of argrad that installs them."},
     },
 }
 _HEADERS = [
@@ -84,7 +86,7 @@ def _call(request: type[Message], reply: type[Message], given: dict[str, example
         shown = {name: {"summary": e.summary, "value": getattr(e, side)} for name, e in given.items()}
         return {JSON: {"schema": {"$ref": _REF.format(model=model.__name__)}, "examples": shown}, SAFETENSORS: binary}
 
-    statuses = {400, 406, 408, 413, 415, 422, 429, 500, 503, 504}
+    statuses = {400, 406, 408, 413, 415, 422, 429, 500, 501, 503, 504}
     if "state" in request.model_fields:
         statuses.add(409)
     return {

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from argrad.errors import GradientError, ProblemError
+from argrad.errors import GradientError, MissingExtraError, ProblemError
 from argrad.wire import NotAcceptableError, TooLargeError, UnreadableBodyError, UnsupportedMediaTypeError
 from argrad_service.admission import TooLarge
 from argrad_service.http.record import Record
@@ -66,6 +66,7 @@ KINDS: dict[type[Exception], Kind] = {
     GradientError: Kind(422, "invalid", "The request can be read, but says something wrong."),
     Overloaded: Kind(429, "overloaded", "There is no room for another call now."),
     CallerGone: Kind(499, "client-closed", "The caller left before the reply."),
+    MissingExtraError: Kind(501, "not-installed", "What the call asks for is not installed where the service runs."),
     Stopping: Kind(503, "not-ready", "The service is starting or stopping."),
     NotReady: Kind(503, "not-ready", "The service is starting or stopping."),
     DeadlinePassed: Kind(504, "deadline", "The deadline of the call passed before its result was there."),
@@ -118,7 +119,7 @@ def describe(error: Exception) -> Problem:
         return Problem(INTERNAL, "The service failed; nothing is wrong with the request as far as it knows.")
     members: dict[str, Any] = {
         name: _cut(getattr(error, name))
-        for name in ("field", "found", "wanted", "checks", "indices")
+        for name in ("field", "found", "wanted", "checks", "indices", "what", "extra")
         if hasattr(error, name)
     }
     headers = {}

@@ -55,7 +55,7 @@ def read_cotangents(data: Data, upstream: Mapping[str, Tensor]) -> Cotangents:
     g_z, g_y = cotangent("z"), torch.cat([cotangent("nu"), cotangent("lam")], dim=-1)
     g_s = cotangent("s") if "s" in given else None
     if g_s is not None:
-        g_z = g_z - (g_s.transpose(0, 1) @ data.G).transpose(0, 1)
+        g_z = g_z - (g_s.transpose(0, 1) @ data.given_G).transpose(0, 1)
     return Cotangents(g_z=g_z, g_y=g_y, g_s=g_s, has_k=has_k)
 
 
@@ -84,12 +84,14 @@ def conclude_adjoint(
     mu = d_y[..., data.p :]
     if cotangents.g_s is not None:
         mu = mu - cotangents.g_s
-    rows = kkt.factor.rows
-    on_duals = (rows.gather(cotangents.g_y) != 0).any(-1).any(0)
-    status, is_refused = verdicts(forward, error, kkt.factor.is_dependent & on_duals)
-    refused = is_refused.unsqueeze(-1)
+    on_dependent = kkt.factor.is_dependent
+    if not kkt.is_regular:
+        on_dependent = on_dependent & (kkt.factor.rows.gather(cotangents.g_y) != 0).any(-1).any(0)
+    status, is_refused = verdicts(forward, error, on_dependent)
     blocks = {"z": d_z, "nu": d_y[..., : data.p], "mu": mu}
-    blocks = {name: torch.where(refused, torch.nan, block) for name, block in blocks.items()}
+    if is_refused is not None:
+        refused = is_refused.unsqueeze(-1)
+        blocks = {name: torch.where(refused, torch.nan, block) for name, block in blocks.items()}
     if not cotangents.has_k:
         blocks = {name: block.squeeze(0) for name, block in blocks.items()}
     return Backward(
@@ -101,8 +103,8 @@ def conclude_adjoint(
     )
 
 
-def verdicts(forward: Forward, error: Tensor, on_dependent: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    """Of each problem `ok` or why it has no gradient, and the mask of those that have none.
+def verdicts(forward: Forward, error: Tensor, on_dependent: Tensor) -> tuple[tuple[str, ...], Tensor | None]:
+    """Of each problem `ok` or why it has no gradient, and the mask of those that have none, or None if all have one.
 
     Args:
         forward: What was differentiated.
@@ -110,16 +112,19 @@ def verdicts(forward: Forward, error: Tensor, on_dependent: Tensor) -> tuple[tup
         on_dependent: `(B,)`, problems in which multipliers that are not unique were asked about.
     """
     kkt = forward.factor
+    is_accurate = error <= INACCURATE
+    if kkt.is_regular and bool(is_accurate.all()):
+        return ("ok",) * len(forward.status), None
     reasons = {
         "nonunique": kkt.factor.is_nonunique,
         "dependent": on_dependent,
-        "inaccurate": ~(error <= INACCURATE),
+        "inaccurate": ~is_accurate,
     }
     is_refused = ~kkt.is_optimal
     for mask in reasons.values():
         is_refused = is_refused | mask
     if not bool(is_refused.any()):
-        return ("ok",) * len(forward.status), is_refused
+        return ("ok",) * len(forward.status), None
     status = [str(s) if not good else "ok" for s, good in zip(forward.status, kkt.is_optimal.tolist(), strict=True)]
     for reason, mask in reasons.items():
         for i in torch.nonzero(mask).flatten().tolist():
@@ -131,6 +136,8 @@ def verdicts(forward: Forward, error: Tensor, on_dependent: Tensor) -> tuple[tup
 def gradient_flags(forward: Forward) -> tuple[tuple[Flag, ...], ...]:
     """What is to be known of each problem's derivative."""
     kkt = forward.factor
+    if kkt.is_regular:
+        return ((),) * len(forward.status)
     return name_flags(
         {
             Flag.DEGENERATE: kkt.is_weak,

@@ -3,6 +3,7 @@
     [ Q    C_aᵀ ] [d_z]      [g_z − Gᵀg_s]
     [ C_a   0   ] [d_y] = −  [g_ν; g_λ,a ]        d_y = [d_ν; μ_a],  μ = 0 on inactive rows
 
+With entropy Q + τD(1/z) stands for Q.
 Weakly active rows are dropped: a one-sided derivative, an element of the Clarke subdifferential (flag `degenerate`).
 Where active rows are dependent the minimum-norm multipliers are taken (flag `dependent`), and cotangents on them are
 refused. Where the solution is not unique there is no gradient.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from argrad.problems import Solution
+from argrad.problems.qp import log_slope
 from argrad_service.engine.backward.adjoints import conclude_adjoint, gradient_flags, read_cotangents, verdicts
 from argrad_service.engine.data import matvec
 from argrad_service.engine.options import OwnOptions
@@ -50,11 +52,11 @@ def vjp(forward: Forward, upstream: Mapping[str, Tensor], options: Options) -> B
 def jvp(forward: Forward, tangents: Mapping[str, Tensor], options: Options) -> Tangents:  # noqa: ARG001 - every method's signature
     """Push tangents of the parameters forward to tangents of the solution.
 
-        K [ż; ẏ_a] = −[Q̇z + q̇ + Ċᵀy;  Ċ_a z − ḋ_a],    ṡ = ḣ − Ġz − Gż
+        K [ż; ẏ_a] = −[Q̇z + q̇ + τ̇(1 + log z) + Ċᵀy;  Ċ_a z − ḋ_a],    ṡ = ḣ − Ġz − Gż
 
     Args:
         forward: Outcome of the forward solve, with its factor.
-        tangents: Tangents of `Q`, `q`, `G`, `h`, `A`, `b`, each shaped like the parameter; absent means zero.
+        tangents: Of `Q`, `q`, `G`, `h`, `A`, `b`, `entropy`, each shaped like the parameter; absent means zero.
         options: There are none.
 
     Returns:
@@ -76,6 +78,8 @@ def jvp(forward: Forward, tangents: Mapping[str, Tensor], options: Options) -> T
     r1 = data.q.new_zeros(data.B, data.n)
     r1 = r1 - 0.5 * (times("Q", z) + times("Q", z, transposed=True)) - given.get("q", 0.0)
     r1 = r1 - times("A", nu, transposed=True) - times("G", lam, transposed=True)
+    if "entropy" in given:
+        r1 = r1 - given["entropy"].reshape(-1, 1) * log_slope(z)
     r_equality = data.q.new_zeros(data.B, data.p) + given.get("b", 0.0) - times("A", z)
     room = data.q.new_zeros(data.B, data.m) + given.get("h", 0.0) - times("G", z)
     r2 = rows.gather(torch.cat([r_equality, room], dim=1))
@@ -83,11 +87,11 @@ def jvp(forward: Forward, tangents: Mapping[str, Tensor], options: Options) -> T
     dz, dy = dz.squeeze(-1), rows.scatter(dy.squeeze(-1), data.d.shape[1])
     # On strongly active rows the slack stays zero; elsewhere it follows from its definition.
     is_active = rows.scatter(rows.valid.to(dz.dtype), data.d.shape[1])[:, data.p :] > 0
-    ds = torch.where(is_active, 0.0, room - matvec(data.G, dz))
+    ds = torch.where(is_active, 0.0, room - matvec(data.given_G, dz))
     # Dependent rows have tangents only where the perturbed rows stay consistent; the residual tells.
     status, is_refused = verdicts(forward, error, torch.zeros_like(kkt.is_weak))
-    hidden = (is_refused | factor.is_dependent).unsqueeze(-1)
-    refused = is_refused.unsqueeze(-1)
+    refused = torch.zeros_like(kkt.is_weak).unsqueeze(-1) if is_refused is None else is_refused.unsqueeze(-1)
+    hidden = refused | factor.is_dependent.unsqueeze(-1)
     solution = Solution(
         z=torch.where(refused, torch.nan, dz),
         nu=torch.where(hidden, torch.nan, dy[:, : data.p]),

@@ -26,6 +26,7 @@ from argrad_service.engine.finish import (
     find_active_set,
     solve_on_active_set,
 )
+from argrad_service.engine.forward import entropic
 from argrad_service.engine.forward.certificates import is_infeasible, is_unbounded
 from argrad_service.engine.forward.mehrotra import Iterate, NewtonSystem, advance, predict_active
 from argrad_service.engine.forward.scaling import Scaling, ruiz
@@ -59,6 +60,8 @@ def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:
         options: Tolerance, iteration limit, and who asks to stop.
         warm: Active set and point to try first.
     """
+    if data.tau is not None:
+        return _solve_with_entropy(data, options, warm)
     point, undecided = _solve_all(data, options, warm)
     if len(undecided):
         _classify(data, undecided, point, options)
@@ -120,7 +123,7 @@ class _DualRun:
         """The rows that tend to be active, and the iterate in the problem's own units."""
         form = self._form if len(index) == self._data.B else self._form.select(index)
         y = system.multipliers(iterate)
-        return Guess(active=_likely_active(system, iterate, self._data), z=form.primal(y), y=y * form.scale)
+        return Guess(active=_likely_active(system, iterate, self._data, index), z=form.primal(y), y=y * form.scale)
 
 
 class _PrimalRun:
@@ -140,10 +143,10 @@ class _PrimalRun:
         """The rows that tend to be active, and the iterate in the problem's own units."""
         z = iterate.free[:, : self._data.n]
         z, y = self._scaling.unscale(z, system.multipliers(iterate), index)
-        return Guess(active=_likely_active(system, iterate, self._data), z=z, y=y)
+        return Guess(active=_likely_active(system, iterate, self._data, index), z=z, y=y)
 
 
-def _likely_active(system: NewtonSystem, iterate: Iterate, data: Data) -> Tensor:
+def _likely_active(system: NewtonSystem, iterate: Iterate, data: Data, index: Tensor) -> Tensor:
     """Equalities, and the inequalities that tend to be active, `(B, p + m)`.
 
     No more than a few times n of them, those with the largest λ/s: an early guess of a problem with thousands of rows
@@ -152,6 +155,8 @@ def _likely_active(system: NewtonSystem, iterate: Iterate, data: Data) -> Tensor
     active = predict_active(system, iterate)
     most = ACTIVE_ROWS_PER_VARIABLE * data.n
     if data.m > most:
+        # A row of zeros with h = 0 would take the place of one that matters.
+        active = active & (take(data.G, index) != 0).any(-1)
         ratio = torch.where(active, iterate.lam / iterate.s, 0.0)
         least = ratio.topk(most, dim=1).values[:, -1:]
         active = active & (ratio >= least)
@@ -220,20 +225,42 @@ def _classify(data: Data, undecided: Tensor, point: Point, options: SolverOption
     left = torch.nonzero(~is_good).squeeze(-1)
     if len(left) == 0:
         return
-    part, where = part.select(left), undecided[left]
+    _classify_as(part.select(left), undecided[left], point, options, may_be_unbounded=True)
+
+
+def _classify_as(part: Data, where: Tensor, point: Point, options: SolverOptions, *, may_be_unbounded: bool) -> None:
+    """Say why the problems at `where` have no solution, judged by the linear and quadratic terms in `part`."""
 
     def project(projection: Data) -> Tensor:
-        return _solve_feasible(projection, SolverOptions(should_stop=options.should_stop))
+        return solve_feasible(projection, SolverOptions(should_stop=options.should_stop))
 
-    infeasible = is_infeasible(part, project)
-    unbounded = ~infeasible & is_unbounded(part, project)
+    infeasible = is_infeasible(part, options.should_stop)
+    unbounded = ~infeasible & is_unbounded(part, project) if may_be_unbounded else torch.zeros_like(infeasible)
     is_out_of_time = point.iterations[where] >= options.max_iterations
     code = torch.where(is_out_of_time, CODE[Status.MAX_ITERATIONS], CODE[Status.NUMERICAL_ERROR])
     code = torch.where(unbounded, CODE[Status.UNBOUNDED], code)
     point.status[where] = torch.where(infeasible, CODE[Status.INFEASIBLE], code)
 
 
-def _solve_feasible(data: Data, options: SolverOptions) -> Tensor:
+def _solve_with_entropy(data: Data, options: SolverOptions, warm: Guess | None) -> Point:
+    """Solve problems with entropy; they are never unbounded, and infeasible if their rows and z ≥ 0 are."""
+    point, found = unsolved(data), entropic.solve(data, options, warm)
+    is_convex = torch.ones_like(found.is_exact) if data.is_linear else factor_convex(data.Q)[2].expand(data.B)
+    point.active, point.z, point.y = found.active, found.z, found.y
+    point.iterations, point.is_exact = found.iterations, found.is_exact
+    is_good = found.is_exact | (residuals(data, point.z, point.y).scaled <= options.tolerance)
+    point.status[is_good] = CODE[Status.OPTIMAL]
+    point.status[~is_convex] = CODE[Status.NONCONVEX]
+    left = torch.nonzero(~is_good & is_convex).squeeze(-1)
+    if len(left):
+        part = data.select(left)
+        nonnegative = -torch.eye(data.n, dtype=data.q.dtype, device=data.q.device).expand(len(part.C), -1, -1)
+        C, d = torch.cat([part.C, nonnegative], dim=1), torch.cat([part.d, torch.zeros_like(part.q)], dim=1)
+        _classify_as(Data(Q=part.Q, q=part.q, C=C, d=d, p=data.p), left, point, options, may_be_unbounded=False)
+    return point
+
+
+def solve_feasible(data: Data, options: SolverOptions) -> Tensor:
     """Z of QPs that have a solution: exact where the finish found the active set, the last iterate elsewhere."""
     point, _ = _solve_all(data, options, None)
     factor = factor_active_set(data, point.active, lower=point.lower)

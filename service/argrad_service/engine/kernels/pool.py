@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
+from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
@@ -21,9 +23,36 @@ SMALLEST_BATCH = 8
 """A smaller batch is not worth waking a thread for."""
 
 PIECE_WORK = 1e9
-"""Floating-point operations of a piece at most, about, unless one problem has more: a caller who left is noticed then."""
+"""Floating-point operations of a piece at most, unless one problem has more: so often is `should_stop` asked."""
 
-_blas = threading.Lock()
+LAPACK_WORK = 1e4
+"""A smaller problem calls no LAPACK, by and large."""
+
+THREADED_WORK = 1e8
+"""A smaller problem is factored no faster by several threads, which it would have to wait for."""
+
+
+class _OneBlasThread:
+    """While anybody is inside, BLAS has one thread in the whole process: the first sets it, the last lifts it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._limit = _controller().limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.restore_original_limits()
+
+
+_ONE_BLAS_THREAD = _OneBlasThread()
 
 
 def over_batch(
@@ -49,13 +78,11 @@ def over_batch(
     threads = _threads()
     is_small = threads == 1 or batch < SMALLEST_BATCH or batch * work < 2e5
     pieces = min(batch, max(1 if is_small else threads * PIECES_PER_THREAD, math.ceil(batch * work / PIECE_WORK)))
-    if pieces == 1:
-        run(0, batch)
-        return
     edges = [batch * i // pieces for i in range(pieces + 1)]
     if is_small:
-        for start, stop in itertools.pairwise(edges):
-            run(start, stop)
+        with contextlib.nullcontext() if work < LAPACK_WORK or work > THREADED_WORK else _ONE_BLAS_THREAD:
+            for start, stop in itertools.pairwise(edges):
+                run(start, stop)
         return
     left = iter(list(itertools.pairwise(edges)))  # `next` on it is atomic
 
@@ -63,8 +90,8 @@ def over_batch(
         for start, stop in left:
             run(start, stop)
 
-    # One BLAS thread in each of ours: more would only wait for each other. The limit is the process's, hence the lock.
-    with _blas, _controller().limit(limits=1, user_api="blas"):
+    # One BLAS thread in each of ours: more would only wait for each other.
+    with _ONE_BLAS_THREAD:
         helpers = [_pool(os.getpid()).submit(work_off) for _ in range(threads - 1)]
         try:
             work_off()

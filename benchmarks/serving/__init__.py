@@ -1,0 +1,1 @@
+"""argrad's service beside Tesseract, which serves vector-Jacobian products of any program: `make bench-serving`."""

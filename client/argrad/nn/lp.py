@@ -1,0 +1,49 @@
+"""A linear program as a layer."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from argrad.functional import BoundedQPSolution, QPSolution, solve_lp
+from argrad.nn.layer import ProblemLayer
+
+
+class LPLayer(ProblemLayer):
+    """argmin cᵀz subject to Az = b, Gz ≤ h, lb ≤ z ≤ ub; arguments as `ProblemLayer` has them.
+
+    Its gradient with respect to c is exactly zero: see `argrad.solve_lp`. With `return_duals` it returns
+    `QPSolution(z, nu, lam, s)`, and `BoundedQPSolution` with bounds.
+    """
+
+    def forward(
+        self,
+        c: Float[Tensor, "*#batch n"],
+        G: Float[Tensor, "*#batch m n"] | None = None,
+        h: Float[Tensor, "*#batch m"] | None = None,
+        A: Float[Tensor, "*#batch p n"] | None = None,
+        b: Float[Tensor, "*#batch p"] | None = None,
+        *,
+        lb: Float[Tensor, "*#batch n"] | None = None,
+        ub: Float[Tensor, "*#batch n"] | None = None,
+    ) -> Float[Tensor, "*batch n"] | QPSolution | BoundedQPSolution:
+        """Solve; parameters and errors as in `argrad.solve_lp`.
+
+        Returns:
+            z `(B, n)`, or `(n,)` where nothing is batched; with `return_duals` all blocks of the solution.
+        """
+        solution = solve_lp(
+            self.client,
+            c,
+            G,
+            h,
+            A,
+            b,
+            lb=lb,
+            ub=ub,
+            options=self.options,
+            on_failure=self.on_failure,
+            gradients=self.gradients,
+            timeout_s=self.timeout_s,
+        )
+        return solution if self.return_duals else solution.z

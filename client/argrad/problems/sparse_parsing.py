@@ -1,0 +1,141 @@
+"""What the parameters of kind `sparse_qp` must agree on, values included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from argrad.errors import ProblemError
+from argrad.problems.form import Blocks
+from argrad.problems.rows import RowMap
+from argrad.problems.shapes import check_finite, shape_of
+from argrad.problems.sparse import MATRICES, PATTERN, SPARSE, SparseForm, SparseMatrix, SparseQP
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def parse_sparse(tensors: Mapping[str, Tensor]) -> SparseForm:
+    """Check the parameters of a sparse problem, values included.
+
+    Args:
+        tensors: By the names of `SPARSE`, of which q must be there. An absent Q makes a linear program.
+
+    Raises:
+        ProblemError: a name is unknown, a part of a matrix is missing, or a shape, dtype, device, index or value does
+            not fit.
+    """
+    given = _vectors(tensors)
+    matrices: dict[str, SparseMatrix] = {}
+    for name, (_, vector) in MATRICES.items():
+        parts = {part: given.get(f"{name}_{part}") for part in ("indptr", "indices", "values")}
+        if _is_absent(name, vector, parts, given):
+            for key in (*(f"{name}_{part}" for part in parts), *([vector] if name != "Q" else [])):
+                given.pop(key, None)
+            continue
+        matrices[name] = _checked_matrix(name, len(given[vector]), len(given["q"]), parts)
+    for name in ("q", "b"):
+        if name in given:
+            check_finite(f"problem.{name}", given[name])
+    if "h" in given:
+        check_finite("problem.h", given["h"], "finite numbers or +inf", allowing=float("inf"))
+    return _form(given, matrices)
+
+
+def _vectors(tensors: Mapping[str, Tensor]) -> Blocks:
+    """The parameters in order, each a vector of its dtype."""
+    for name in tensors:
+        if name not in SPARSE:
+            raise ProblemError(f"problem.{name}", "an unknown parameter", f"one of {', '.join(SPARSE)}")
+    if "q" not in tensors:
+        raise ProblemError("problem.q", "nothing", "a tensor of shape (n,)")
+    given = {name: tensors[name] for name in SPARSE if name in tensors}
+    for name, tensor in given.items():
+        _check_vector(name, tensor, given["q"])
+    if len(given["q"]) == 0:
+        raise ProblemError("problem.q", "shape (0,), no variables", "at least one")
+    return given
+
+
+def _form(given: Mapping[str, Tensor], matrices: Mapping[str, SparseMatrix]) -> SparseForm:
+    problem = SparseQP(q=given["q"], h=given.get("h"), b=given.get("b"), matrices=matrices)
+    none = torch.empty(0, dtype=torch.int64)
+    rows = RowMap(size=0, own_m=problem.m, own_p=problem.p, lower=none, upper=none, equal=none)
+    return SparseForm(parameters=given, problem=problem, row_map=rows, sparse=problem)
+
+
+def _check_vector(name: str, tensor: object, q: Tensor) -> None:
+    """Every parameter of this kind is a vector."""
+    if not isinstance(tensor, Tensor):
+        raise ProblemError(f"problem.{name}", type(tensor).__name__, "a torch.Tensor")
+    if tensor.layout != torch.strided:
+        raise ProblemError(f"problem.{name}", f"layout {tensor.layout}", "a dense vector")
+    if name in PATTERN:
+        if tensor.dtype != torch.int64:
+            raise ProblemError(f"problem.{name}", f"dtype {tensor.dtype}", "torch.int64")
+    elif tensor.dtype not in _FLOATS:
+        raise ProblemError(f"problem.{name}", f"dtype {tensor.dtype}", "torch.float64 or torch.float32")
+    elif tensor.dtype != q.dtype:
+        raise ProblemError(f"problem.{name}", f"dtype {tensor.dtype}", f"dtype {q.dtype}, as problem.q has")
+    if tensor.device != q.device:
+        raise ProblemError(f"problem.{name}", f"device {tensor.device}", f"device {q.device}, as problem.q has")
+    if tensor.ndim != 1:
+        wanted = f"({SPARSE[name][0]},): a sparse problem is solved alone, without a batch"
+        raise ProblemError(f"problem.{name}", f"shape {shape_of(tensor)}", wanted)
+
+
+def _is_absent(name: str, vector: str, parts: Mapping[str, Tensor | None], given: Mapping[str, Tensor]) -> bool:
+    """Whether a matrix is not there; a matrix without rows is not.
+
+    Raises:
+        ProblemError: a part of it, or its right-hand side, is.
+    """
+    missing = [part for part, tensor in parts.items() if tensor is None]
+    if name != "Q" and vector in given and len(given[vector]) == 0:
+        rows = parts["indptr"]
+        if rows is None or len(rows) <= 1:
+            return True
+    if not missing and (name == "Q" or vector in given):
+        return False
+    if len(missing) == len(parts) and (name == "Q" or vector not in given):
+        return True
+    if not missing:
+        raise ProblemError(f"problem.{vector}", "nothing", f"a tensor, as problem.{name}_values is given")
+    found = next((f"{name}_{part}" for part in parts if part not in missing), vector)
+    raise ProblemError(f"problem.{name}_{missing[0]}", "nothing", f"a tensor, as problem.{found} is given")
+
+
+def _checked_matrix(name: str, rows: int, columns: int, parts: Mapping[str, Tensor | None]) -> SparseMatrix:
+    indptr, indices, values = (parts[part] for part in ("indptr", "indices", "values"))
+    assert indptr is not None  # noqa: S101 - `_is_absent` has looked
+    assert indices is not None  # noqa: S101
+    assert values is not None  # noqa: S101
+    if len(indptr) != rows + 1:
+        of = MATRICES[name][1]
+        wanted = f"({rows + 1},), one more than the {rows} entries of problem.{of}"
+        raise ProblemError(f"problem.{name}_indptr", f"shape {shape_of(indptr)}", wanted)
+    if len(values) != len(indices):
+        wanted = f"({len(indices)},), as problem.{name}_indices has"
+        raise ProblemError(f"problem.{name}_values", f"shape {shape_of(values)}", wanted)
+    if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices):
+        found = f"{int(indptr[0])} first and {int(indptr[-1])} last"
+        raise ProblemError(f"problem.{name}_indptr", found, f"0 first and {len(indices)} last, the stored entries")
+    falls = indptr.diff() < 0
+    if bool(falls.any()):
+        i = int(falls.nonzero()[0])
+        found = f"{int(indptr[i])} and then {int(indptr[i + 1])} at [{i}]"
+        raise ProblemError(f"problem.{name}_indptr", found, "numbers that do not fall")
+    outside = (indices < 0) | (indices >= columns)
+    if bool(outside.any()):
+        i = int(outside.nonzero()[0])
+        raise ProblemError(f"problem.{name}_indices", f"{int(indices[i])} at [{i}]", f"columns from 0 to {columns - 1}")
+    matrix = SparseMatrix(indptr=indptr, indices=indices, values=values, columns=columns)
+    row = matrix.row_indices
+    falls = (indices.diff() <= 0) & (row.diff() == 0)
+    if bool(falls.any()):
+        i = int(falls.nonzero()[0]) + 1
+        found = f"{int(indices[i])} after {int(indices[i - 1])} at [{i}], in row {int(row[i])}"
+        raise ProblemError(f"problem.{name}_indices", found, "ascending columns, each once in a row")
+    check_finite(f"problem.{name}_values", values)
+    return matrix

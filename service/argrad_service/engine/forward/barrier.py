@@ -1,0 +1,158 @@
+"""`barrier`: the log-barrier Newton method, batched.
+
+Form: LPs and convex QPs with equalities and inequalities, dense, with a strictly feasible point. Method: phase I
+(`interior`) unless there are no inequalities, then the central path (`central_path`): damped Newton at each t, t ← μt
+when centred, until m/t < ε. With `polish` the active set that the end of the path shows is confirmed and the problem
+solved exactly on it; without, the barrier point itself is the answer: z is the minimiser of the barrier problem at the
+last t, λ = 1/(t s), and the duality gap is m/t.
+
+Reference: Tan, Delong & Terekhov, Deep Inverse Optimization, CPAIOR 2019, section 4, with t⁽⁰⁾, μ and ε as there.
+Deviations: equalities, phase I, and QPs.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from argrad.errors import ProblemError
+from argrad.problems import Status
+from argrad_service.engine.data import Data
+from argrad_service.engine.finish import Guess
+from argrad_service.engine.forward.central_path import PathPoint, is_at_end, is_stuck, multipliers, newton_step, sharpen
+from argrad_service.engine.forward.interior import find_interior
+from argrad_service.engine.forward.unrolling import State, Unrolling
+from argrad_service.engine.forward.verdicts import classify
+from argrad_service.engine.options import OwnOptions, SolverOptions, Stopped
+from argrad_service.engine.point import CODE, Point, confirm, factor_convex, guess_at, unsolved
+
+
+class Options(OwnOptions):
+    """Options of `barrier`. `max_iterations` bounds the Newton steps of phase I, and again those of the path."""
+
+    t0: float = Field(default=1.0, gt=0, le=1e12)
+    """First sharpness t of the barrier, in units of 1 / objective."""
+
+    mu: float = Field(default=10.0, gt=1, le=1e6)
+    """Factor by which t grows from one centring to the next."""
+
+    epsilon: float = Field(default=1e-5, ge=1e-12, le=0.1)
+    """Bound on the duality gap m/t at which the path ends; without polish no larger than the tolerance."""
+
+    polish: bool = True
+    """Whether the active set is confirmed and the problem solved exactly on it; if not, z is the barrier point."""
+
+
+def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # noqa: ARG001 - every solver's signature
+    """Solve a batch of LPs or QPs.
+
+    Args:
+        data: The problems.
+        options: Tolerance, bound on Newton steps, who asks to stop; own options of this module.
+        warm: Not used: a solution of a similar problem lies on the boundary, and a path begins inside.
+
+    Returns:
+        A point with the measures `t`, the last sharpness, `interior_radius`, the least slack of phase I's point over
+        rows of unit length, and `phase_one_iterations`.
+
+    Raises:
+        ProblemError: without polish the path would end at a gap above the tolerance.
+        Stopped: options.should_stop() was true.
+    """
+    own = _own(options)
+    if not own.polish and own.epsilon > options.tolerance:
+        wanted = f"at most the tolerance {options.tolerance:g} where polish is off"
+        raise ProblemError("solver.options.epsilon", f"{own.epsilon:g}", wanted)
+    interior = find_interior(data, max_iterations=options.max_iterations, should_stop=options.should_stop)
+    is_convex = factor_convex(data.Q)[2].expand(data.B)
+    is_inside, last_t = interior.is_found & is_convex, _last_t(data, own)
+    path, iterations, _ = follow(data, _start(data, own, interior.z), is_inside, last_t, options, mu=own.mu)
+    y = multipliers(data, path)
+    begun = interior.is_found.unsqueeze(-1)
+    guess = guess_at(data, path.z, torch.nan_to_num(torch.where(begun, y, 0.0)))
+    point = confirm(data, guess) if own.polish else _final(data, guess)
+    point.status = torch.where(interior.is_found, point.status, _LIMIT)
+    point.status = torch.where(is_convex, point.status, CODE[Status.NONCONVEX])
+    stopped = torch.where(iterations >= options.max_iterations, _LIMIT, CODE[Status.NUMERICAL_ERROR])
+    no_interior = torch.where(interior.iterations >= options.max_iterations, _LIMIT, CODE[Status.NO_INTERIOR])
+    no_interior = torch.where(interior.is_found, stopped, no_interior)
+    classify(data, point, options, otherwise=no_interior)
+    point.iterations = iterations
+    point.measures = {
+        "t": path.t,
+        "interior_radius": interior.radius,
+        "phase_one_iterations": interior.iterations.to(path.t.dtype),
+    }
+    return point
+
+
+def _final(data: Data, guess: Guess) -> Point:
+    """The barrier point itself, still to be judged."""
+    point = unsolved(data)
+    point.active, point.z, point.y, point.is_final = guess.active, guess.z, guess.y, True
+    return point
+
+
+def unroll(data: Data, options: SolverOptions) -> Unrolling:
+    """The path's Newton steps for automatic differentiation; phase I is not differentiated."""
+    own = _own(options)
+    interior = find_interior(data, max_iterations=options.max_iterations, should_stop=options.should_stop)
+    start, last_t = _start(data, own, interior.z), _last_t(data, own)
+
+    def step(data: Data, state: State) -> State:
+        return sharpen(newton_step(data, PathPoint.of(state)), mu=own.mu, last_t=last_t).state
+
+    def result(data: Data, state: State) -> tuple[Tensor, Tensor]:
+        point = PathPoint.of(state)
+        return point.z, multipliers(data, point)
+
+    return Unrolling(start=start.state, step=step, result=result)
+
+
+def follow(
+    data: Data, start: PathPoint, is_inside: Tensor, last_t: Tensor, options: SolverOptions, *, mu: float
+) -> tuple[PathPoint, Tensor, Tensor]:
+    """Follow the central path until t reaches `last_t` and the point is centred there.
+
+    Args:
+        data: The problems.
+        start: Strictly feasible where `is_inside`.
+        is_inside: `(B,)`, problems that can begin.
+        last_t: `(B,)`.
+        options: Bound on Newton steps, and who asks to stop.
+        mu: Factor by which t grows.
+
+    Returns:
+        Where the paths ended, Newton steps of each problem, and which reached their end, `(B,)`.
+    """
+    point = start
+    iterations = torch.zeros(data.B, dtype=torch.int64, device=is_inside.device)
+    is_done, is_over = torch.zeros_like(is_inside), ~is_inside
+    while not bool(is_over.all()):
+        if options.should_stop():
+            raise Stopped
+        moved = newton_step(data, point)
+        stuck = is_stuck(moved, start)
+        is_done = is_done | (~is_over & ~stuck & is_at_end(moved, point, last_t))
+        point = point.where(is_over | stuck, sharpen(moved, mu=mu, last_t=last_t))
+        iterations = iterations + (~is_over).to(iterations.dtype)
+        is_over = is_over | stuck | is_done | (iterations >= options.max_iterations)
+    return point, iterations, is_done
+
+
+def _start(data: Data, own: Options, z: Tensor) -> PathPoint:
+    return PathPoint.at(data, z, z.new_full((data.B,), own.t0))
+
+
+def _last_t(data: Data, own: Options) -> Tensor:
+    return data.q.new_full((data.B,), data.m / own.epsilon)
+
+
+def _own(options: SolverOptions) -> Options:
+    if not isinstance(options.own, Options):
+        raise TypeError("options.own must be an instance of barrier.Options")
+    return options.own
+
+
+_LIMIT = CODE[Status.MAX_ITERATIONS]

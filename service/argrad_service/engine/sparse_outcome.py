@@ -1,0 +1,160 @@
+"""A sparse problem in SciPy's terms, and the outcome of a worker's task on it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from argrad.problems import Flag, Solution, Status
+from argrad.problems.sparse import SparseMatrix, SparseQP
+from argrad_service.engine.options import ShouldStop, SolverOptions, never_stop
+from argrad_service.engine.outcome import Outcome
+from argrad_service.engine.solution import WEAK
+from argrad_service.sparse.problem import Mask, Matrix, Problem, Vector, residuals, size
+from argrad_service.sparse.separable import Separable, SeparableSystem
+from argrad_service.sparse.system import Order, System
+from argrad_service.sparse.tasks import Found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparseForward(Outcome):
+    """Outcome of a sparse problem.
+
+    Args:
+        data: The problem in stacked rows.
+        active: `(p + m,)`, strongly active rows.
+        is_optimal: Whether there is a solution to differentiate.
+        is_weak: Whether rows were left out because they are weakly active.
+        order: Of elimination, for the system of `active`.
+        factor_nbytes: Bytes of its factor, as the worker's had.
+        separable: The problem in separable form, if it was solved in it; its KKT system needs no factor then.
+    """
+
+    data: Problem
+    active: Mask
+    is_optimal: bool
+    is_weak: bool
+    order: Order | None
+    factor_nbytes: int
+    separable: Separable | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keeping this outcome costs, with the factor that its first derivative forms."""
+        tensors = [*self.problem.parameters().values(), *self.solution.blocks().values()]
+        return sum(t.untyped_storage().nbytes() for t in tensors) + self.data.nbytes + self.factor_nbytes
+
+    def stopped_by(self, should_stop: ShouldStop) -> Self:  # noqa: ARG002 - as of every outcome
+        """This very outcome: one factorisation, which all its derivatives share, is not interrupted."""
+        return self
+
+    @functools.cached_property
+    def _formed(self) -> tuple[System | SeparableSystem, bool, bool]:
+        if self.separable is not None:
+            simple = SeparableSystem(self.data, self.separable, np.flatnonzero(self.active))
+            if simple.is_regular:
+                return simple, False, False
+        system = System(self.data, np.flatnonzero(self.active), self.order)
+        return (system, *system.is_singular())
+
+    def system(self) -> tuple[System | SeparableSystem, bool, bool]:
+        """The factored system; whether the primal solution is not unique; whether active rows are dependent."""
+        with self.lock:
+            return self._formed
+
+
+def stack(problem: SparseQP) -> Problem:
+    """Symmetrise Q, stack the rows and empty those with h = +inf."""
+    n = problem.n
+    blocks = {name: csr(matrix, as_array(matrix.values)) for name, matrix in problem.matrices.items()}
+    Q = blocks.get("Q", sparse.csr_matrix((n, n)))
+    h = np.zeros(0) if problem.h is None else as_array(problem.h)
+    b = np.zeros(0) if problem.b is None else as_array(problem.b)
+    G, A = (blocks.get(name, sparse.csr_matrix((0, n))) for name in ("G", "A"))
+    is_bound = np.isfinite(h)
+    if not is_bound.all():
+        G, h = sparse.diags(is_bound.astype(float)) @ G, np.where(is_bound, h, 1.0)
+    C = sparse.vstack([A, G], format="csr")
+    C.eliminate_zeros()
+    return Problem(Q=(0.5 * (Q + Q.T)).tocsc(), q=as_array(problem.q), C=C, d=np.concatenate([b, h]), p=len(b))
+
+
+def csr(matrix: SparseMatrix, values: Vector, rows: int | None = None) -> Matrix:
+    """A matrix with other values on its pattern; with so many rows, should it be a block that is not there."""
+    shape = (len(matrix.indptr) - 1 if rows is None else rows, matrix.columns)
+    return sparse.csr_matrix((values, matrix.indices.cpu().numpy(), matrix.indptr.cpu().numpy()), shape=shape)
+
+
+def as_array(tensor: Tensor) -> Vector:
+    """A tensor as float64 in the host's memory."""
+    return tensor.detach().cpu().to(torch.float64).numpy()
+
+
+def conclude(
+    problem: SparseQP,
+    data: Problem,
+    found: Found,
+    options: SolverOptions,
+    *,
+    solver: str,
+    separable: Separable | None = None,
+) -> SparseForward:
+    """Slacks, residuals, weakly active rows and flags of what a worker found."""
+    active, z, y = found.guess
+    y = y.copy()
+    y[data.p :] = np.maximum(y[data.p :], 0.0)
+    judged = residuals(data, z, y)
+    status = Status(found.status)
+    if status == Status.OPTIMAL and not judged.scaled <= options.tolerance:
+        status = Status.NUMERICAL_ERROR
+    is_optimal = status == Status.OPTIMAL
+    h = data.d[data.p :] if problem.h is None else as_array(problem.h)
+    lam, s = y[data.p :], np.maximum((data.d - data.C @ z)[data.p :], 0.0)
+    s[active[data.p :]] = 0.0
+    s = np.where(np.isinf(h), h, s)
+    weak = (lam <= WEAK * size(lam)) & (s <= WEAK * (1 + np.abs(data.d[data.p :]))) & np.isfinite(h)
+    is_weak = is_optimal and bool(weak.any())
+    strong = active.copy()
+    strong[data.p :] &= ~weak
+    order = None if found.order is None else _restricted(found.order, data.n, strong[active])
+    flags = [Flag.DEGENERATE] if is_weak else []
+    if is_optimal and not found.is_exact:
+        flags.append(Flag.REGULARISED)
+    blocks = {"z": z, "nu": y[: data.p], "lam": lam, "s": s}
+    return SparseForward(
+        problem=problem,
+        solution=Solution(**{name: torch.from_numpy(block).unsqueeze(0) for name, block in blocks.items()}),
+        status=(status,),
+        flags=(tuple(flags),),
+        iterations=torch.tensor([found.iterations]),
+        primal_residual=torch.tensor([judged.primal], dtype=torch.float64),
+        dual_residual=torch.tensor([judged.dual], dtype=torch.float64),
+        gap=torch.tensor([judged.gap], dtype=torch.float64),
+        objective=torch.tensor([judged.objective], dtype=torch.float64),
+        solver=solver,
+        options=replace(options, should_stop=never_stop),
+        data=data,
+        active=strong,
+        is_optimal=is_optimal,
+        is_weak=is_weak,
+        order=order,
+        factor_nbytes=found.factor_nbytes,
+        separable=separable,
+    )
+
+
+def _restricted(order: Order, n: int, is_kept: Mask) -> Order:
+    """An order of elimination without the rows that are left out."""
+    if is_kept.all():
+        return order
+    position = np.concatenate([np.arange(n), np.where(is_kept, n - 1 + np.cumsum(is_kept), -1)])
+    moved = position[order]
+    return np.asarray(moved[moved >= 0])
