@@ -46,7 +46,7 @@ class Cell:
     batch: int
 
 
-def cells() -> Iterator[Cell]:
+def cells() -> Iterator[Cell]:  # noqa: C901 - a list of sizes, in loops
     """Sizes of each kind, growing."""
     for n in (5, 10, 20, 50, 100, 200, 400):
         for ratio in (0.5, 2, 8):

@@ -15,7 +15,7 @@ CANDIDATES = {
     "lp": ("pdipm", "highs", "clarabel"),
     "entropy": ("pdipm", "admm"),
 }
-"""Solvers that `auto` may take, by kind: those that end exact without options of their own, and come with the service."""
+"""Solvers that `auto` may take, by kind: those that end exact without own options, and come with the service."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Row:
             and (self.most_n is None or data.n <= self.most_n)
             and (self.most_rows is None or data.m <= self.most_rows * (data.n - data.p))
             and self.least_batch <= data.B
-            and (self.most_batch is None or data.B <= self.most_batch)
+            and (self.most_batch is None or self.most_batch >= data.B)
             and (not self.is_diagonal or detect(data) is not None)
         )
 
