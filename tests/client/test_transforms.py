@@ -16,7 +16,10 @@ from argrad.client import Client
 from argrad.folding import Fold
 from tests.client.support import NAMES, D, Recorder, assert_close, draw, infeasible
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+]
 
 V = 3
 TOLERANCE = 1e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from argrad.problems import QP, Status
 from argrad_service import engine
 from tests.engine.qps import Case, Known, draw
+
+pytestmark = pytest.mark.slow
 
 ANY_SOLVER = settings(
     max_examples=25,

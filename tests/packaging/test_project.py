@@ -24,12 +24,14 @@ def project_files() -> list[Path]:
     return found
 
 
+@pytest.mark.slow
 def test_import_of_the_client_pulls_nothing_heavy():
     script = f"import sys, argrad; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
 
 
+@pytest.mark.slow
 def test_without_the_extras_the_engine_works_and_names_them():
     script = """
 import sys

@@ -23,6 +23,8 @@ from argrad_service.engine.options import SolverOptions, Stopped
 from argrad_service.http.protocol import GuardedProtocol
 from tests.service.support import D, HookedEngine, make_app, serving, simplex, wait_until
 
+pytestmark = pytest.mark.slow
+
 BODY = json.dumps({"problem": simplex()}).encode()
 LIVE_S = 0.05
 LONG_SOLVE_S = 10.0

@@ -12,6 +12,8 @@ from argrad_service.engine import Forward, SolverOptions
 from tests.engine.qps import Case, draw
 from tests.solvers.linear import directions, draw_lp, form, inner, slope, times
 
+pytestmark = pytest.mark.slow
+
 D = torch.float64
 
 

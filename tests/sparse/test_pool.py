@@ -19,6 +19,8 @@ from argrad_service.sparse.tasks import Confirm
 from tests.sparse.problems import draw, parts, tensors
 from tests.sparse.tasks import Die, LoadedModules, Raise, Sleep
 
+pytestmark = pytest.mark.slow
+
 NOBODY = lambda: False  # noqa: E731
 
 
