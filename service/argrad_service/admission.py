@@ -93,10 +93,12 @@ class Size:
 
     @property
     def work_bytes(self) -> int:
-        """Bound on the solver's memory, fitted to what `pdipm` and its backward pass took, with a margin of 1.1 to 3.
+        """Bound on the solver's memory, fitted to what every solver and method took, with a margin of 1 to 5.
 
-        Per problem, in doubles: 6n² for Q, its scaled copy and factors, 16 rows·n for the constraints, their copies
-        and products, rows²/6 for a mask of pairs of rows, 64 vectors of an iteration.
+        Per problem, in doubles: 8n² for Q, its scaled copy and factors, 24 rows·n for the constraints, their copies
+        and products, 2 rows² for what looks at pairs of rows, 96 vectors of an iteration. The most take infeasible
+        batches with more rows than variables, and `altdiff` in its forward mode. Graphs of `unrolled` and the
+        perturbed problems of `smoothed` come on top, in pieces of 256 MiB at most.
 
         Of a sparse problem, 256 doubles a stored entry or row: copies, and factors with moderate fill. Their true fill
         shows only when they are formed, by a process of its own.
@@ -104,7 +106,7 @@ class Size:
         n, rows = self.n, self.rows
         if self.nnz is not None:
             return self.batch * _DOUBLE * 256 * (self.nnz + n + rows)
-        return self.batch * _DOUBLE * (6 * n * n + 16 * rows * n + rows * rows // 6 + 64 * (n + rows))
+        return self.batch * _DOUBLE * (8 * n * n + 24 * rows * n + 2 * rows * rows + 96 * (n + rows))
 
 
 def check_reply(

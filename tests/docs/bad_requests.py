@@ -42,6 +42,32 @@ def tensor(shape: list[int], begin: int, end: int) -> dict[str, Any]:
     return {"dtype": "F64", "shape": shape, "data_offsets": [begin, end]}
 
 
+def sparse(**changes: Any) -> dict[str, Any]:
+    """The same problem as CSR triplets, changed."""
+    patterns = {
+        f"{name}_{part}": value
+        for name, entry in (("Q", 1), ("G", -1))
+        for part, value in (("indptr", [0, 1, 2]), ("indices", [0, 1]), ("values", [entry, entry]))
+    }
+    return {"kind": "sparse_qp", **patterns, "q": [1, 1], "h": [0, 0], **changes}
+
+
+def softmax(**changes: Any) -> dict[str, Any]:
+    """Softmax of −q over two entries, changed."""
+    return {"q": [1, 2], "A": [[1, 1]], "b": [1], "entropy": 1, **changes}
+
+
+def differentiated(name: str, given: dict[str, Any], **differentiation: Any) -> Send:
+    """POST /v1/solve with a cotangent, by a solver of that name."""
+    document = {"problem": given, "solver": {"name": name}, "differentiation": differentiation}
+    return solve(document | {"upstream": {"z": [1, 0]}})
+
+
+def claimed(client: httpx.Client) -> httpx.Response:
+    """A sparse problem whose row pointers claim a billion stored entries, of which there are two."""
+    return solve({"problem": sparse(G_indptr=[0, 1, 1_000_000_000])})(client)
+
+
 def expanded(client: httpx.Client) -> httpx.Response:
     """A million problems that share Q of 100 × 100: 8 MB on the wire, 80 GB if Q were copied for each."""
     shapes = {"problem.Q": [100, 100], "problem.q": [100], "problem.G": [1, 100], "problem.h": [1_000_000, 1]}
@@ -72,6 +98,23 @@ REQUESTS: dict[str, Send] = {
     "unbounded": solve({"problem": problem(Q=[[0, 0], [0, 0]], q=[-1, 0])}),
     "unknown solver": solve({"problem": problem(), "solver": {"name": "simplex"}}),
     "unknown option": solve({"problem": problem(), "solver": {"tolerence": 1e-6}}),
+    "unknown option of a solver": solve({"problem": problem(), "solver": {"name": "osqp", "options": {"rhoo": 1}}}),
+    "option of the wrong type": solve({"problem": problem(), "solver": {"name": "admm", "options": {"block": "40"}}}),
+    "option out of range": solve({"problem": problem(), "solver": {"name": "osqp", "options": {"alpha": 3}}}),
+    "option that is a list": solve({"problem": problem(), "solver": {"name": "admm", "options": {"rho": [1]}}}),
+    "options for auto": solve({"problem": problem(), "solver": {"options": {"rho": 1}}}),
+    "unknown option of a method": differentiated("pdipm", problem(), method="kkt", options={"ridge": 1}),
+    "solver that does not take the problem": solve({"problem": {"q": [1], "lb": [0]}, "solver": {"name": "pgd"}}),
+    "method that does not pair with the solver": differentiated("osqp", problem(), method="unrolled"),
+    "method that does not take the problem": differentiated("pdipm", softmax(), method="bpqp"),
+    "entropy 0": solve({"problem": softmax(entropy=0)}),
+    "entropy that is a matrix": solve({"problem": softmax(entropy=[[1]])}),
+    "sparse row pointers that fall": solve({"problem": sparse(Q_indptr=[0, 2, 1])}),
+    "sparse row pointers that claim too much": claimed,
+    "sparse column out of range": solve({"problem": sparse(G_indices=[0, 2])}),
+    "sparse column twice in a row": solve({"problem": sparse(Q_indptr=[0, 2, 2], Q_indices=[0, 0])}),
+    "sparse problem in a batch": solve({"problem": sparse(q=[[1, 1]])}),
+    "dense solver for a sparse problem": solve({"problem": sparse(), "solver": {"name": "pdipm"}}),
     "tolerance 0": solve({"problem": problem(), "solver": {"tolerance": 0}}),
     "max_iterations 1e9": solve({"problem": problem(), "solver": {"max_iterations": 1_000_000_000}}),
     "upstream of the wrong shape": solve({"problem": problem(), "upstream": {"z": [1, 0, 0]}}),

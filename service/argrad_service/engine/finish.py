@@ -30,6 +30,13 @@ SIGN_TOLERANCE = 1e-10
 CONSISTENT = 1e-6
 """Relative residual up to which the equations of a candidate set count as solved."""
 
+MOST_ROWS = 3
+"""Rows of a candidate set, in units of n: no solution needs more than n, a few times as many hold where rows repeat one
+another, and where constraints contradict each other sets would grow to thousands and cost their cube."""
+
+SPARE_ROWS = 16
+"""Added to that, for small n."""
+
 PATIENCE = 3
 """Rounds without a new best number of wrong rows before rows move one at a time."""
 
@@ -133,7 +140,7 @@ def find_active_set(guess: Guess, p: int, candidates: Candidates, *, rounds: int
         guess: Where to begin.
         p: Number of equalities, which are never exchanged.
         candidates: Solves a candidate set.
-        rounds: Candidates tried at most.
+        rounds: Candidates tried at most; none with more than MOST_ROWS rows.
 
     Returns:
         The last set tried `(B, p + m)`, and which problems' sets have no wrong row `(B,)`. Synchronises once a round.
@@ -148,7 +155,10 @@ def find_active_set(guess: Guess, p: int, candidates: Candidates, *, rounds: int
     best = torch.full((batch,), size + 1, device=device)
     patience = torch.full((batch,), PATIENCE, device=device)
     position = torch.arange(size, device=device)
-    for _ in range(rounds):
+    most = p + MOST_ROWS * guess.z.shape[1] + SPARE_ROWS
+    if size > most:
+        index = index[active.sum(-1) <= most]
+    for _ in range(rounds if len(index) else 0):
         trial = Guess(active=active[index], z=guess.z[index], y=guess.y[index])
         y, s, is_consistent = candidates(trial, index)
         wrong = _wrong_rows(trial.active, p, y, s)
@@ -160,7 +170,7 @@ def find_active_set(guess: Guess, p: int, candidates: Candidates, *, rounds: int
         last = position == torch.where(wrong, position, -1).amax(-1, keepdim=True)
         swap = torch.where((patience[index] > 0).unsqueeze(-1), wrong, wrong & last)
         active[index] = trial.active ^ swap
-        index = index[count > 0]
+        index = index[(count > 0) & (active[index].sum(-1) <= most)]
         if len(index) == 0:
             break
     return active, is_found

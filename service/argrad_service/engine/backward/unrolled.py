@@ -37,6 +37,9 @@ from argrad_service.engine.outcome import Backward, Forward
 
 NAME = "unrolled"
 
+GRAPH_BYTES = 2**28
+"""What the graph of a segment may take, unless that of a single iteration takes more."""
+
 
 class Options(OwnOptions):
     """Options of `unrolled`."""
@@ -48,7 +51,8 @@ class Options(OwnOptions):
     """Of these the last ones that are differentiated; null for all of them."""
 
     segment: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Iterations whose graph is held at a time; null for the square root of their number. More is not faster."""
+    """Iterations whose graph is held at a time; null for the square root of their number. Fewer where their graph would
+    take more than 256 MiB; more is not faster."""
 
 
 class Unrollable(Protocol):
@@ -113,6 +117,8 @@ def _differentiate(
     taken = counts if options.last is None else counts.clamp(max=options.last)
     most = int(taken.amax())
     length = options.segment or max(1, math.isqrt(most))
+    if length > 1:
+        length = min(length, max(1, GRAPH_BYTES // _graph_bytes(unrolling, data)))
 
     def advance(data: Data, state: State, begin: int, end: int, limit: Tensor) -> State:
         """Iterations begin to end; a problem stands still once it has reached its limit."""
@@ -148,6 +154,21 @@ def _differentiate(
         pulled = [(a + more[0], b + more[1]) for (a, b), more in zip(pulled, found, strict=True)]
         pulled_state = [more[2:] for more in found]
     return torch.stack([a for a, _ in pulled]), -torch.stack([b for _, b in pulled]), z
+
+
+def _graph_bytes(unrolling: Unrolling, data: Data) -> int:
+    """Bytes that autograd holds of one iteration; at least 1."""
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    q, d, leaves = _leaves(data, unrolling.start)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _moved = unrolling.step(replace(data, q=q, d=d), leaves)  # lives as long as what it holds is counted
+    return max(1, sum(held.values()))
 
 
 def _pull_result(

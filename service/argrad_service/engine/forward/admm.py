@@ -25,7 +25,7 @@ from argrad.problems import Status
 from argrad_service.engine.data import Data
 from argrad_service.engine.finish import Guess
 from argrad_service.engine.forward.admm_run import Run, adapt, advance, looks_unsolvable, restart, start
-from argrad_service.engine.forward.certificates import is_infeasible, is_unbounded
+from argrad_service.engine.forward.certificates import find_certificates, is_infeasible
 from argrad_service.engine.forward.pdipm import solve_feasible
 from argrad_service.engine.forward.splitting import Judgement, judge, split
 from argrad_service.engine.forward.unrolling import State, Unrolling
@@ -200,8 +200,11 @@ def _examine(data: Data, point: Point, index: Tensor, options: SolverOptions, su
     def project(projection: Data) -> Tensor:
         return solve_feasible(projection, SolverOptions(should_stop=options.should_stop))
 
-    infeasible = is_infeasible(part if data.tau is None else _with_signs(part), options.should_stop)
-    unbounded = ~infeasible & is_unbounded(part, project) if data.tau is None else torch.zeros_like(infeasible)
+    if data.tau is None:
+        infeasible, unbounded = find_certificates(part, project, options.should_stop)
+    else:
+        infeasible = is_infeasible(_with_signs(part), options.should_stop)
+        unbounded = torch.zeros_like(infeasible)
     code = torch.where(unbounded, CODE[Status.UNBOUNDED], point.status[where])
     point.status[where] = torch.where(infeasible, CODE[Status.INFEASIBLE], code)
     decided[places] = infeasible | unbounded

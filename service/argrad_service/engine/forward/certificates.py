@@ -37,8 +37,26 @@ STATIONARY = 1e-10
 RIDGE = 1e-13
 """Added to the Newton matrix, relative to its trace."""
 
+CHUNK = 2**20
+"""Pairs of rows of the projections that are solved at a time: they take more memory than the problems did."""
+
 SolveFeasible = Callable[[Data], Tensor]
 """Solves QPs that are feasible and bounded by construction; returns z `(B, n)`."""
+
+
+def find_certificates(data: Data, solve: SolveFeasible, should_stop: ShouldStop) -> tuple[Tensor, Tensor]:
+    """Which problems are infeasible and which are unbounded, `(B,)` each; of the infeasible the second is not asked.
+
+    Raises:
+        Stopped: should_stop() was true.
+    """
+    infeasible = is_infeasible(data, should_stop)
+    unbounded = torch.zeros_like(infeasible)
+    left = torch.nonzero(~infeasible).squeeze(-1)
+    size = max(1, CHUNK // (data.n + data.C.shape[1]) ** 2)
+    for part in torch.split(left, size) if len(left) else ():
+        unbounded[part] = is_unbounded(data.select(part), solve)
+    return infeasible, unbounded
 
 
 def is_infeasible(data: Data, should_stop: ShouldStop) -> Tensor:
@@ -74,7 +92,8 @@ def _least_violation(C: Tensor, d: Tensor, p: int, should_stop: ShouldStop) -> T
     for _ in range(MOST_STEPS):
         v = _violation(r, p)
         gradient = matvec_t(C, v)
-        is_done = inf_norm(gradient) <= STATIONARY * torch.linalg.vector_norm(v, dim=1)
+        length = torch.linalg.vector_norm(v, dim=1)
+        is_done = (inf_norm(gradient) <= STATIONARY * length) | (length <= 0.1 * SMALLEST_VIOLATION)
         if bool(is_done.all()):
             break
         if should_stop():

@@ -27,7 +27,7 @@ from argrad_service.engine.finish import (
     solve_on_active_set,
 )
 from argrad_service.engine.forward import entropic
-from argrad_service.engine.forward.certificates import is_infeasible, is_unbounded
+from argrad_service.engine.forward.certificates import find_certificates, is_infeasible
 from argrad_service.engine.forward.mehrotra import Iterate, NewtonSystem, advance, predict_active
 from argrad_service.engine.forward.scaling import Scaling, ruiz
 from argrad_service.engine.forward.systems import DualForm, DualSystem, PrimalSystem, dual_form
@@ -234,8 +234,11 @@ def _classify_as(part: Data, where: Tensor, point: Point, options: SolverOptions
     def project(projection: Data) -> Tensor:
         return solve_feasible(projection, SolverOptions(should_stop=options.should_stop))
 
-    infeasible = is_infeasible(part, options.should_stop)
-    unbounded = ~infeasible & is_unbounded(part, project) if may_be_unbounded else torch.zeros_like(infeasible)
+    if may_be_unbounded:
+        infeasible, unbounded = find_certificates(part, project, options.should_stop)
+    else:
+        infeasible = is_infeasible(part, options.should_stop)
+        unbounded = torch.zeros_like(infeasible)
     is_out_of_time = point.iterations[where] >= options.max_iterations
     code = torch.where(is_out_of_time, CODE[Status.MAX_ITERATIONS], CODE[Status.NUMERICAL_ERROR])
     code = torch.where(unbounded, CODE[Status.UNBOUNDED], code)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from argrad.problems import Status
 from argrad_service.engine.data import Data, residuals
-from argrad_service.engine.forward.certificates import is_infeasible, is_unbounded
+from argrad_service.engine.forward.certificates import find_certificates
 from argrad_service.engine.forward.pdipm import solve_feasible
 from argrad_service.engine.options import SolverOptions
 from argrad_service.engine.point import CODE, Point
@@ -37,7 +37,6 @@ def classify(data: Data, point: Point, options: SolverOptions, *, otherwise: Ten
     def project(projection: Data) -> Tensor:
         return solve_feasible(projection, SolverOptions(should_stop=options.should_stop))
 
-    infeasible = is_infeasible(part, options.should_stop)
-    unbounded = ~infeasible & is_unbounded(part, project)
+    infeasible, unbounded = find_certificates(part, project, options.should_stop)
     code = torch.where(unbounded, CODE[Status.UNBOUNDED], otherwise[left])
     point.status[left] = torch.where(infeasible, CODE[Status.INFEASIBLE], code)
