@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -79,6 +80,9 @@ class SparseMatrix:
 
 def row_indices(indptr: Int[Tensor, " r+1"]) -> Int[Tensor, " nnz"]:
     """Row of each entry of a CSR pattern."""
+    if indptr.device.type == "cpu":  # NumPy's is ten times faster than torch's
+        pointers = indptr.numpy()
+        return torch.from_numpy(np.repeat(np.arange(len(pointers) - 1), np.diff(pointers)))
     rows = torch.arange(len(indptr) - 1, device=indptr.device)
     return rows.repeat_interleave(indptr.diff())
 

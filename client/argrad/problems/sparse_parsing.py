@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from argrad.errors import ProblemError
@@ -118,24 +120,28 @@ def _checked_matrix(name: str, rows: int, columns: int, parts: Mapping[str, Tens
     if len(values) != len(indices):
         wanted = f"({len(indices)},), as problem.{name}_indices has"
         raise ProblemError(f"problem.{name}_values", f"shape {shape_of(values)}", wanted)
-    if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices):
-        found = f"{int(indptr[0])} first and {int(indptr[-1])} last"
+    _check_pattern(name, columns, indptr.cpu().numpy(), indices.cpu().numpy())
+    check_finite(f"problem.{name}_values", values)
+    return SparseMatrix(indptr=indptr, indices=indices, values=values, columns=columns)
+
+
+def _check_pattern(name: str, columns: int, indptr: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+    if indptr[0] != 0 or indptr[-1] != len(indices):
+        found = f"{indptr[0]} first and {indptr[-1]} last"
         raise ProblemError(f"problem.{name}_indptr", found, f"0 first and {len(indices)} last, the stored entries")
-    falls = indptr.diff() < 0
-    if bool(falls.any()):
-        i = int(falls.nonzero()[0])
-        found = f"{int(indptr[i])} and then {int(indptr[i + 1])} at [{i}]"
+    lengths = np.diff(indptr)
+    if (lengths < 0).any():
+        i = int(np.argmax(lengths < 0))
+        found = f"{indptr[i]} and then {indptr[i + 1]} at [{i}]"
         raise ProblemError(f"problem.{name}_indptr", found, "numbers that do not fall")
     outside = (indices < 0) | (indices >= columns)
-    if bool(outside.any()):
-        i = int(outside.nonzero()[0])
-        raise ProblemError(f"problem.{name}_indices", f"{int(indices[i])} at [{i}]", f"columns from 0 to {columns - 1}")
-    matrix = SparseMatrix(indptr=indptr, indices=indices, values=values, columns=columns)
-    row = matrix.row_indices
-    falls = (indices.diff() <= 0) & (row.diff() == 0)
-    if bool(falls.any()):
-        i = int(falls.nonzero()[0]) + 1
-        found = f"{int(indices[i])} after {int(indices[i - 1])} at [{i}], in row {int(row[i])}"
+    if outside.any():
+        i = int(np.argmax(outside))
+        raise ProblemError(f"problem.{name}_indices", f"{indices[i]} at [{i}]", f"columns from 0 to {columns - 1}")
+    falls = np.diff(indices) <= 0
+    falls[indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < len(indices))] - 1] = False  # from one row to the next
+    if falls.any():
+        i = int(np.argmax(falls)) + 1
+        row = int(np.searchsorted(indptr, i, side="right")) - 1
+        found = f"{indices[i]} after {indices[i - 1]} at [{i}], in row {row}"
         raise ProblemError(f"problem.{name}_indices", found, "ascending columns, each once in a row")
-    check_finite(f"problem.{name}_values", values)
-    return matrix

@@ -96,7 +96,9 @@ def _tightest(n: int, rows: Index, where: Index, bound: Vector) -> tuple[Vector,
 
 def _has_twins(where: Index, bound: Vector, least: Vector) -> bool:
     tight = where[bound == least[where]]
-    return len(np.unique(tight)) < len(tight)
+    is_tight = np.zeros(len(least), dtype=bool)
+    is_tight[tight] = True
+    return int(np.count_nonzero(is_tight)) < len(tight)
 
 
 def solve(problem: Problem, separable: Separable) -> tuple[str, Guess, int] | None:
@@ -134,8 +136,9 @@ def _find_multiplier(s: Separable) -> tuple[float | None, int]:
     touched = s.a != 0
     with np.errstate(divide="ignore", invalid="ignore"):
         ends = [-(s.q + s.d * side)[touched] / s.a[touched] for side in (s.lower, s.upper)]
-    points = np.unique(np.concatenate(ends))
+    points = np.sort(np.concatenate(ends))
     points = points[np.isfinite(points)]
+    points = points[np.diff(points, prepend=-np.inf) > 0]
     below, above, steps = -1, len(points), 0
     while above - below > 1:
         middle = (below + above) // 2
@@ -207,7 +210,8 @@ class SeparableSystem:
     @property
     def is_regular(self) -> bool:
         """Whether the rows are independent: no two bounds on one variable, and a free variable in the equality."""
-        return (self._p == 0 or self._slope > 0) and len(np.unique(self._at)) == len(self._at)
+        is_once = self._n - np.count_nonzero(self._is_free) == len(self._at)
+        return (self._p == 0 or self._slope > 0) and bool(is_once)
 
     @property
     def nbytes(self) -> int:
