@@ -12,7 +12,7 @@ from argrad.errors import ProblemError
 from argrad.problems import QP, Flag, Solution, gradients
 from argrad_service import engine
 from argrad_service.engine import SolverOptions
-from argrad_service.engine.backward import altdiff
+from argrad_service.engine.backward import altdiff, alternation
 from tests.engine.qps import Case, Known, draw, oracle_gradients, relative_error
 from tests.engine.test_grid import CASES
 from tests.solvers.linear import draw_lp
@@ -87,6 +87,55 @@ def test_the_error_is_of_the_order_of_epsilon(mode: str):
     assert all(found < 300 * epsilon for found, epsilon in zip(errors, epsilons, strict=True))
     order = math.log(errors[0] / errors[-1]) / math.log(epsilons[0] / epsilons[-1])
     assert 0.7 < order < 1.3
+
+
+@pytest.mark.parametrize("mode", ["forward", "transposed"])
+def test_the_papers_truncation_levels(mode: str):
+    """Table 2: ADMM and its derivative truncated at the same ε, the loosest included; errors of both fall with it."""
+    known, epsilons = regular(), [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
+    upstream = cotangents(known, names=("z",))
+    names = list(known.problem.parameters())
+    reference = oracle_gradients(known.problem, known, upstream)
+    z_errors, errors = [], []
+    for epsilon in epsilons:
+        paper = {"truncation": epsilon, "polish": False, "rho": 1.0, "adaptive": False, "relaxation": 1.0}
+        forward = engine.solve(known.problem, solver="admm", options=SolverOptions(own=paper))
+        given = {name: torch.from_numpy(g) for name, g in upstream.items()}
+        own = {"mode": mode, "truncation": epsilon, "rho": 1.0}
+        backward = engine.vjp(forward, given, method="altdiff", options=own)
+        assert set(backward.gradient_status) == {"ok"}
+        if mode == "forward":
+            assert torch.equal(backward.measures["altdiff_iterations"], forward.measures["steps"])
+        formed = gradients(forward.solution, backward.adjoint, wrt=names, batched=names)
+        mine = np.concatenate([formed[k][i].numpy().ravel() for k in names for i in range(6)])
+        exact = np.concatenate([g[k].ravel() for k in names for g in reference])
+        errors.append(float(np.linalg.norm(mine - exact) / np.linalg.norm(exact)))
+        away = forward.solution.z.numpy() - known.z
+        z_errors.append(float(np.linalg.norm(away) / np.linalg.norm(known.z)))
+    assert all(found < 10 * epsilon for found, epsilon in zip(z_errors, epsilons, strict=True))
+    assert all(found < 40 * epsilon for found, epsilon in zip(errors, epsilons, strict=True))
+    assert errors == sorted(errors, reverse=True)
+    assert 0.7 < math.log(errors[0] / errors[-1]) / math.log(epsilons[0] / epsilons[-1]) < 1.3
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("rho", [None, 1.0])
+@pytest.mark.parametrize("most_rows", [0, 2])
+def test_jacobians_without_those_of_x_are_the_same(
+    case: Case, rho: float | None, most_rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    """W's recursion against the paper's, step by step, before anything has converged."""
+    known = draw(case, 1)
+    forward = engine.solve(known.problem, solver="admm")
+    given = {name: torch.from_numpy(g) for name, g in cotangents(known).items()}
+    own = {"mode": "forward", "truncation": 1e-3, "rho": rho}
+    monkeypatch.setattr(alternation, "MOST_ROWS", most_rows)
+    found = engine.vjp(forward, given, method="altdiff", options=own)
+    monkeypatch.setattr(alternation, "Eliminated", alternation.Columns)
+    paper = engine.vjp(forward, given, method="altdiff", options=own)
+    assert torch.equal(found.measures["altdiff_iterations"], paper.measures["altdiff_iterations"])
+    for name, block in paper.adjoint.blocks().items():
+        torch.testing.assert_close(found.adjoint.blocks()[name], block, rtol=1e-9, atol=1e-9)
 
 
 def test_small_truncations_agree_with_kkt():
@@ -177,6 +226,26 @@ def test_weak_and_dependent_rows():
     torch.testing.assert_close(backward.adjoint.mu @ G, torch.tensor([[-1.0, 0.0]], dtype=D))
     refused = engine.vjp(twice, {"lam": torch.ones(1, 2, dtype=D)}, method="altdiff")
     assert refused.gradient_status == ("dependent",)
+
+
+def test_forward_mode_takes_the_same_side_at_a_weakly_active_row():
+    """Its iterates cross zero there for ever; the derivative is that of the side where the row is not active."""
+    generator = torch.Generator().manual_seed(0)
+    n = 4
+    L = torch.randn(n, n, dtype=D, generator=generator)
+    Q, q = L @ L.mT + torch.eye(n, dtype=D), torch.randn(n, dtype=D, generator=generator)
+    G = torch.randn(2, n, dtype=D, generator=generator)
+    first = QP(Q=Q, q=q, G=G[:1], h=torch.tensor([-5.0], dtype=D))
+    z = engine.solve(first, solver="admm").solution.z[0]
+    weak = engine.solve(QP(Q=Q, q=q, G=G, h=torch.cat([first.h, G[1:] @ z])), solver="admm")
+    upstream = {"z": torch.ones(1, n, dtype=D)}
+    options = {"mode": "forward", "truncation": 1e-12}
+    forward = engine.vjp(weak, upstream, method="altdiff", options=options)
+    assert weak.flags == ((Flag.DEGENERATE,),)
+    wanted = engine.vjp(weak, upstream, method="kkt")
+    torch.testing.assert_close(forward.adjoint.z, wanted.adjoint.z, rtol=1e-7, atol=1e-7)
+    one_sided = engine.vjp(engine.solve(first, solver="admm"), upstream, method="kkt")
+    torch.testing.assert_close(wanted.adjoint.z, one_sided.adjoint.z, rtol=1e-9, atol=1e-9)
 
 
 def test_it_works_with_admm_alone():

@@ -232,3 +232,21 @@ def test_problems_with_entropy(size: dict[str, float], options: dict[str, object
         torch.testing.assert_close(backward.adjoint.blocks()[name], block, rtol=1e-8, atol=1e-9)
     with pytest.raises(ProblemError, match=r"differentiation\.options\.map"):
         engine.vjp(forward, upstream, method="folded", options={"map": "pgd"})
+
+
+def test_a_nearly_singular_Q_has_a_gradient():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 3, 5, generator=generator, dtype=torch.float64)
+    Q = root.mT @ root + 2.0**-16 * torch.eye(5, dtype=torch.float64)
+    G = torch.randn(6, 6, 5, generator=generator, dtype=torch.float64)
+    z, q = torch.randn(6, 5, generator=generator, dtype=torch.float64), torch.zeros(6, 5, dtype=torch.float64)
+    h = (G @ z.unsqueeze(-1)).squeeze(-1)
+    h[:, 1:] += 1.0
+    q = -(Q @ z.unsqueeze(-1)).squeeze(-1) - G[:, 0]
+    forward = engine.solve(QP(Q=Q, q=q, G=G, h=h), solver="pdipm")
+    upstream = {"z": torch.randn(6, 5, generator=generator, dtype=torch.float64)}
+    back = engine.vjp(forward, upstream, method="folded")
+    assert back.gradient_status == ("ok",) * 6
+    assert (back.measures["adjoint_residual"] <= 1e-8).all()
+    exact = engine.vjp(forward, upstream, method="kkt").adjoint.z
+    assert ((back.adjoint.z - exact).norm(dim=1) <= 1e-5 * exact.norm(dim=1)).all()

@@ -272,3 +272,16 @@ def test_qps_take_a_barrier_too_and_points_of_callers():
         found = engine.vjp(outcome, {"z": cotangent(4)}, method="smoothed", options={"t": 1e10}).adjoint
         torch.testing.assert_close(found.z, exact.z, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(times(problem.G.mT, found.mu), times(problem.G.mT, exact.mu), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sharp_barrier_keeps_the_small_eigenvalues_of_Q():
+    small = 2.0**-16
+    Q, G = torch.diag(torch.tensor([4.0, 1.0, small], dtype=torch.float64)), torch.tensor([[1.0, 1.0, 0.0]]).double()
+    problem = QP(Q=Q, q=torch.tensor([-4.0, -2.0, -small], dtype=torch.float64), G=G, h=torch.tensor([1.0]).double())
+    forward = engine.solve(problem, solver="pdipm")
+    upstream = {"z": torch.tensor([[1.0, -2.0, 1.0]], dtype=torch.float64)}
+    for t in (1e8, 1e10, 1e12):
+        back = engine.vjp(forward, upstream, method="smoothed", options={"smoothing": "barrier", "t": t})
+        exact = engine.vjp(forward, upstream, method="kkt")
+        assert back.gradient_status == ("ok",)
+        torch.testing.assert_close(back.adjoint.z, exact.adjoint.z, rtol=100 / t + 1e-9, atol=100 / t + 1e-9)

@@ -93,6 +93,35 @@ def test_truncation_is_the_papers():
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.parametrize("polish", [False, True])
+def test_a_truncation_is_the_answer_and_says_so(polish: bool):
+    """At ε = 0.1 the residuals are above the largest tolerance there is: done, all the same, and flagged."""
+    known = draw(Case("both", 10, 6, 3, batch=4), 0)
+    found = solve(known.problem, polish=polish, truncation=0.1, adaptive=False, block=1)
+    assert set(found.status) == {Status.OPTIMAL}
+    size = 1 + np.abs(known.z).max()
+    errors = np.abs(found.solution.z.numpy() - known.z).max(-1) / size
+    for error, residual, flags in zip(errors, found.primal_residual, found.flags, strict=True):
+        assert (error < 1e-8) != (Flag.TRUNCATED in flags)
+        assert (residual < 1e-8) != (Flag.TRUNCATED in flags)
+    assert polish or set(found.flags) == {(Flag.TRUNCATED,)}
+
+
+def test_a_truncation_within_the_tolerance_has_no_flag():
+    known = draw(Case("both", 10, 6, 3, batch=4), 0)
+    found = solve(known.problem, polish=False, truncation=1e-11, max_iterations=2000)
+    assert set(found.status) == {Status.OPTIMAL}
+    assert set(found.flags) == {()}
+
+
+def test_a_truncated_problem_without_a_solution_is_not_called_solved():
+    eye = torch.eye(2, dtype=torch.float64)
+    G, h = torch.cat([eye[:1], -eye[:1]]), torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    problem = QP(Q=eye, q=torch.ones(2, dtype=torch.float64), G=G, h=h)
+    found = solve(problem, polish=False, truncation=1e-3)
+    assert found.status == (Status.INFEASIBLE,)
+
+
 def test_a_given_penalty_without_adaptation_is_kept():
     known = draw(Case("both", 6, 5, 2), 3)
     found = solve(known.problem, rho=2.0, adaptive=False)

@@ -167,3 +167,16 @@ def test_gradients_of_the_vertex_are_those_of_central_differences():
 def test_should_stop_ends_the_solve():
     with pytest.raises(engine.Stopped):
         engine.solve(draw_lp(3, 6, 0).problem, solver="barrier", options=SolverOptions(should_stop=lambda: True))
+
+
+@pytest.mark.parametrize("polish", [True, False])
+def test_equalities_alone_determine_the_solution_beside_a_row_that_is_far_away(polish: bool):
+    A = torch.tensor(
+        [[-1.5, 0.0, 0.0, 0.0], [0.25, -0.75, 1.75, 0.0], [1.25, 0.25, 1.25, -0.75], [-0.25, -2, 1.25, -2]], dtype=D
+    )
+    z, G = torch.tensor([0.5, -1.0, 0.25, 2.0], dtype=D), torch.tensor([[1.25, -1.75, -1.25, -1.0]], dtype=D)
+    problem = QP(q=torch.tensor([1.0, -2.0, 0.5, 1.5], dtype=D), A=A, b=A @ z, G=G, h=G @ z + 100.0)
+    found = solve(problem, polish=polish, **({} if polish else {"epsilon": 1e-9}))
+    assert found.status[0] == Status.OPTIMAL
+    torch.testing.assert_close(found.solution.z[0], z, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.solution.nu[0], torch.linalg.solve(A.mT, -problem.q), rtol=0, atol=1e-8)

@@ -13,6 +13,9 @@ from argrad.errors import ProblemError
 from argrad.problems import QP, Flag, Solution, Status, gradients, parse
 from argrad_service import engine
 from argrad_service.engine import SolverOptions
+from argrad_service.engine.data import residuals, stack
+from argrad_service.engine.entropy import solve_on_rows
+from argrad_service.engine.finish import Guess
 
 pytestmark = pytest.mark.slow
 
@@ -310,3 +313,21 @@ def test_solvers_that_cannot_are_refused() -> None:
     with pytest.raises(ProblemError, match=r"solver\.name: found 'pivoting', which takes no entropy"):
         engine.solve(QP(**draw(1)), solver="pivoting", device=torch.device("cpu"))
     assert engine.solve(QP(**draw(1))).solver == "pdipm"
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-310, 1e-200, 1.0, 1e200])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("p", "tau"), [(1, 0.05), (0, 0.05), (0, 1.0)])
+def test_equations_that_do_not_hold_never_count_as_solved(scale: float, rank: int, p: int, tau: float) -> None:
+    """From where every entry has underflowed Newton's method once stopped at once, with a residual of 0.9."""
+    random = torch.Generator().manual_seed(2)
+    data = stack(QP(**draw(2, m=0, p=p, rank=rank, tau=tau)))
+    z = scale * torch.rand(data.q.shape, generator=random, dtype=F64)
+    active = torch.ones(data.d.shape, dtype=torch.bool)
+    for force in (0.0, 1e3, 1e5):
+        y = force * torch.randn(data.d.shape, generator=random, dtype=F64)
+        found, multipliers, is_solved = solve_on_rows(data, Guess(active=active, z=z, y=y))
+        judged = residuals(data, found, multipliers).scaled
+        assert bool((judged[is_solved] <= 1e-9).all())
+        if scale == 1.0 and force == 0.0 and p:
+            assert bool(is_solved.all())

@@ -57,7 +57,7 @@ _SENTENCES: dict[StrEnum, str] = {
     Flag.NONUNIQUE: "The primal solution is not unique: the objective is exact, the gradient is refused.",
     Flag.FALLBACK: "The solver of the report could not decide this problem; `pdipm` solved it.",
     Flag.SMOOTHED: "The gradient is that of a smoothed problem, not of the problem itself: see smoothing_distance.",
-    Flag.TRUNCATED: "The gradient is that of an iterate: it misses the KKT system of the exact solution by more than "
-    "1e-6.",
+    Flag.TRUNCATED: "A truncation ended the iterations: the solution's residuals are above the tolerance, or its "
+    "gradient misses the KKT system by more than 1e-6.",
     Flag.REGULARISED: "The point was accepted from a regularised system, with its residual checked.",
 }

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from argrad.errors import MissingExtraError
-from argrad.problems import QP, Solution
+from argrad.problems import QP, Solution, Status
 from argrad.problems.sparse import SparseQP
 from argrad_service.engine.data import Data, stack
 from argrad_service.engine.finish import Guess
+from argrad_service.engine.forward.fallback import fall_back
 from argrad_service.engine.options import SolverOptions, Stopped
 from argrad_service.engine.outcome import Backward, Forward, Outcome, Tangents
-from argrad_service.engine.point import guess_at, point_of
+from argrad_service.engine.point import CODE, Point, guess_at, point_of
+from argrad_service.engine.prepared import Prepared, kept
 from argrad_service.engine.registry import (
     AUTO,
     CALLER,
@@ -41,6 +43,7 @@ __all__ = [
     "Backward",
     "Forward",
     "Outcome",
+    "Prepared",
     "SolverOptions",
     "Stopped",
     "Tangents",
@@ -65,6 +68,7 @@ def solve(
     options: SolverOptions | None = None,
     warm_start: Solution | None = None,
     device: torch.device | None = None,
+    prepared: Prepared | None = None,
 ) -> Outcome:
     """Solve a batch of problems.
 
@@ -74,6 +78,8 @@ def solve(
         options: Tolerance, iteration limit, who asks to stop, and the solver's own options by name.
         warm_start: A point to begin with, such as the last solution of a similar batch; blocks `(B, ·)`.
         device: Where to solve; by default `default_device()`.
+        prepared: Keeps what the next solve with the same parameters reuses: the symmetric part of Q, the stacked rows,
+            and the factors of `pivoting` on the CPU. The result is the same to the last bit.
 
     Returns:
         Verdict, solution and residuals of each problem. No problem's verdict is an exception, and no problem's failure
@@ -86,11 +92,13 @@ def solve(
     options = options or SolverOptions()
     if isinstance(problem, SparseQP):
         return cast("Outcome", _sparse().solve(problem, solver=solver, options=options))
-    problem, data = _prepare(problem, device)
+    problem, data = _prepare(problem, device, prepared)
     warm = None if warm_start is None else _guess(data, warm_start)
     chosen, options = find_solver(solver, data, options, warm)
     point = chosen.module.solve(data, options, warm)
     name = chosen.name
+    if solver == AUTO and name != FALLBACK and point.is_fallback is None:
+        _fall_back(data, point, options)
     if solver == AUTO and point.is_fallback is not None and bool(point.is_fallback.all()):
         name, point.is_fallback = FALLBACK, None
     return conclude(problem, data, point, options, solver=name)
@@ -102,6 +110,7 @@ def at_point(
     *,
     options: SolverOptions | None = None,
     device: torch.device | None = None,
+    prepared: Prepared | None = None,
 ) -> Outcome:
     """Take a solution that someone else computed, and factor what its derivatives need.
 
@@ -113,11 +122,12 @@ def at_point(
         solution: Blocks `(B, ·)`, accurate to about 1e-4 or better.
         options: Tolerance of the exact solution.
         device: Where to compute; by default `default_device()`.
+        prepared: See `solve`.
     """
     options = options or SolverOptions()
     if isinstance(problem, SparseQP):
         return cast("Outcome", _sparse().at_point(problem, solution, options=options))
-    problem, data = _prepare(problem, device)
+    problem, data = _prepare(problem, device, prepared)
     guess = _guess(data, solution)
     return conclude(problem, data, point_of(data, guess), options, solver=CALLER)
 
@@ -197,11 +207,21 @@ def _sparse() -> ModuleType:
     return importlib.import_module("argrad_service.engine.sparse")
 
 
-def _prepare(problem: QP, device: torch.device | None) -> tuple[QP, Data]:
+def _fall_back(data: Data, point: Point, options: SolverOptions) -> None:
+    """Let `FALLBACK` solve what the solver that `auto` chose has left undecided, flagged."""
+    undecided = torch.nonzero(point.status == CODE[Status.MAX_ITERATIONS]).squeeze(-1)
+    if len(undecided):
+        fall_back(data, undecided, point, options)
+
+
+def _prepare(problem: QP, device: torch.device | None, prepared: Prepared | None) -> tuple[QP, Data]:
     target = device or default_device()
-    moved = {name: t.detach().to(device=target, dtype=torch.float64) for name, t in problem.parameters().items()}
-    problem = QP.of_checked(moved)
-    return problem, stack(problem)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return kept(prepared, str(target), [tensor], lambda: tensor.detach().to(device=target, dtype=torch.float64))
+
+    problem = QP.of_checked({name: moved(tensor) for name, tensor in problem.parameters().items()})
+    return problem, stack(problem, prepared)
 
 
 def _guess(data: Data, solution: Solution) -> Guess:

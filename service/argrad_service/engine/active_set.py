@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argrad_service.engine.data import Data
+from argrad_service.engine.data import Data, cut
 from argrad_service.engine.semidefinite import SemidefiniteFactor, cholesky_or_none, factor_semidefinite
 
 PROXIMAL = 1e-8
@@ -58,6 +58,10 @@ class Rows:
         full = values.new_zeros(*values.shape[:-1], size)
         masked = torch.where(self.valid, values, values.new_zeros(()))
         return full.scatter_add(-1, self.index.expand_as(masked), masked)
+
+    def cut(self, start: int, stop: int) -> Rows:
+        """Copies of the rows of the problems from start to stop."""
+        return Rows(index=self.index[start:stop].clone(), valid=self.valid[start:stop].clone())
 
 
 def gather_active(active: Tensor) -> Rows:
@@ -123,6 +127,20 @@ class ActiveSetFactor:
     def nbytes(self) -> int:
         """Bytes held beyond the problem's own data."""
         return self.S.nbytes + sum(t.untyped_storage().nbytes() for t in (self.lower, self.C, self.W) if t is not None)
+
+    def cut(self, start: int, stop: int) -> ActiveSetFactor:
+        """Copies of what belongs to the problems from start to stop, of more than one."""
+        return ActiveSetFactor(
+            data=self.data.cut(start, stop),
+            rows=self.rows.cut(start, stop),
+            lower=None if self.lower is None else cut(self.lower, start, stop),
+            rho=cut(self.rho, start, stop),
+            scale=cut(self.scale, start, stop),
+            C=cut(self.C, start, stop),
+            W=cut(self.W, start, stop),
+            S=self.S.cut(start, stop),
+            is_nonunique=cut(self.is_nonunique, start, stop),
+        )
 
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Solve the KKT system, with iterative refinement against the problem's own Q and rows.

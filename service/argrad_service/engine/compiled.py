@@ -21,6 +21,8 @@ from argrad_service.engine.point import Finished
 
 Array = NDArray[np.float64]
 
+_WHITENED = "whitened"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Factors:
@@ -41,6 +43,12 @@ class Factors:
     S: Array
     index: NDArray[np.int64]
     count: NDArray[np.int64]
+
+    def cut(self, start: int, stop: int) -> Factors:
+        """Copies of what belongs to the problems from start to stop, of more than one."""
+        L, X, scale = (a if len(a) == 1 else a[start:stop].copy() for a in (self.L, self.X, self.scale))
+        S, index, count = self.S[start:stop].copy(), self.index[start:stop].copy(), self.count[start:stop].copy()
+        return Factors(L=L, X=X, scale=scale, S=S, index=index, count=count)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,33 +91,43 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
     most = min(r, n)
     lapack, work = _lapack(), (np.zeros(4, np.int32), LETTERS, np.zeros(2))
     shares_q, shares_both = len(Q) == 1, len(Q) == len(C) == 1
+    prepared, sources = data.prepared, (data.Q, data.C)
+    ready = None if prepared is None else prepared.find(_WHITENED, sources)
+    if ready is None:
+        count = 1 if shares_both else batch
+        is_kept = prepared is not None and prepared.knows(sources)
+        L, X, scale = np.empty((1 if shares_q else batch, n, n)), np.empty((count, r, n)), np.empty((count, r))
+        gram = np.empty((count, r, r) if r <= n and (shares_both or is_kept) else (0, 0, 0))
+    else:
+        L, X, scale, gram = ready
     factors = Factors(
-        L=np.empty((1 if shares_q else batch, n, n)),
-        X=np.empty((1 if shares_both else batch, r, n)),
-        scale=np.empty((1 if shares_both else batch, r)),
+        L=L,
+        X=X,
+        scale=scale,
         S=np.empty((batch, most, most)),
         index=np.zeros((batch, most), np.int64),
         count=np.zeros(batch, np.int64),
     )
-    gram = np.empty((0, 0))
     code = np.full(batch, NOT_DEFINITE)
     active, steps = np.zeros((batch, r), np.bool_), np.zeros(batch, np.int64)
     z, y, s = np.zeros((batch, n)), np.zeros((batch, r)), np.zeros((batch, r - data.p))
     report = np.zeros((batch, 5))
-    if not shares_q or kernels.factor_hessian(lapack, Q[0], factors.L[0], work):
+    if ready is not None or not shares_q or kernels.factor_hessian(lapack, Q[0], factors.L[0], work):
         # With one problem nothing is shared: the kernel does everything.
-        if shares_both:
+        if shares_both and ready is None:
             kernels.whiten(lapack, factors.L[0], C[0], factors.X[0], factors.scale[0], work)
             if r <= n:
-                gram = np.empty((r, r))
-                kernels.full_gram(lapack, factors.X[0], gram, work)
+                kernels.full_gram(lapack, factors.X[0], gram[0], work)
         f = factors
         outputs = (f.L, f.X, f.scale, gram, f.S, f.index, f.count, active, z, y, s, report, steps, code)
 
         def run(start: int, stop: int) -> None:
-            kernels.solve_range(lapack, LETTERS, start, stop, Q, q, C, d, data.p, *outputs)
+            kernels.solve_range(lapack, LETTERS, start, stop, Q, q, C, d, data.p, ready is not None, *outputs)
 
-        over_batch(run, batch, work=n**3 / 3 + r * n * n + r * r * n + 1e3, should_stop=should_stop)
+        whitening = 0.0 if ready is not None else r * n * n + r * r * n
+        over_batch(run, batch, work=n**3 / 3 + whitening + 1e3, should_stop=should_stop)
+        if ready is None and prepared is not None and not (code == NOT_DEFINITE).any():
+            prepared.keep(_WHITENED, sources, (L, X, scale, gram))
     return Solved(
         active=torch.from_numpy(active),
         z=torch.from_numpy(z),
@@ -151,6 +169,11 @@ class CompiledFactor:
         """Bytes held beyond the problem's own data."""
         f = self.factors
         return sum(a.nbytes for a in (f.L, f.X, f.scale, f.S, f.index))
+
+    def cut(self, start: int, stop: int) -> CompiledFactor:
+        """Copies of what belongs to the problems from start to stop, of more than one."""
+        data, factors, rows = self.data.cut(start, stop), self.factors.cut(start, stop), self.rows.cut(start, stop)
+        return CompiledFactor(data=data, factors=factors, rows=rows)
 
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Solve for j right-hand sides a problem.

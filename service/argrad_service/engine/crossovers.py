@@ -1,10 +1,12 @@
 """What `auto` takes: one table, from the times in benchmarks/crossovers.json (`python -m benchmarks.crossovers`).
 
 The first row that fits wins. A test holds the table against the times: what it takes is never far from the fastest.
+`python -m argrad_service.capabilities docs/solvers.md` writes it into the page.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from argrad_service.engine.data import Data
@@ -57,15 +59,21 @@ class Row:
 
 
 ROWS = (
-    Row(kind="qp", solver="admm", least_n=100, is_diagonal=True),
+    Row(kind="qp", solver="admm", device="cpu", least_n=100, is_diagonal=True),
     Row(kind="qp", solver="pivoting", most_rows=1),
-    Row(kind="qp", solver="pivoting", device="cpu", most_n=64),
+    Row(kind="qp", solver="pivoting", device="cpu", most_n=200),
+    Row(kind="qp", solver="pivoting", device="cpu", most_n=400, most_rows=2.5),
     Row(kind="qp", solver="pdipm"),
     Row(kind="lp", solver="pdipm"),
     Row(kind="entropy", solver="pdipm"),
 )
 
 
-def choose(data: Data) -> str:
-    """The solver of the first row that fits."""
-    return next(row.solver for row in ROWS if row.fits(data))
+def choose(data: Data, suits: Callable[[str], bool]) -> str:
+    """The solver of the first row that fits.
+
+    Args:
+        data: The problems.
+        suits: Whether a solver can be taken at all.
+    """
+    return next(row.solver for row in ROWS if suits(row.solver) and row.fits(data))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from argrad.problems import QP
+from argrad_service.engine.prepared import Prepared, kept
 
 
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -41,6 +42,11 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[index]
 
 
+def cut(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """A copy of the problems from start to stop, so that the rest can be freed; a shared block stays as it is."""
+    return tensor if tensor.shape[0] == 1 else tensor[start:stop].clone()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
     """½zᵀQz + qᵀz subject to C₁z = d₁ (the first p rows), C₂z ≤ d₂ (the other m).
@@ -58,6 +64,7 @@ class Data:
         is_linear: Whether Q was absent; it is zero then.
         tau: `(B,)`, τ > 0, or None without entropy.
         full_G: With entropy, G as it was given: in C the rows that z ≥ 0 implies cannot bind.
+        prepared: What solvers keep for the next solve with the same Q and C.
     """
 
     Q: Tensor
@@ -68,6 +75,7 @@ class Data:
     is_linear: bool = False
     tau: Tensor | None = None
     full_G: Tensor | None = None  # noqa: N815 - the field's letter
+    prepared: Prepared | None = None
 
     @property
     def kind(self) -> str:
@@ -124,12 +132,20 @@ class Data:
         tau, full_G = self.tau[index], take(self.full_G, index)
         return replace(self, Q=Q, C=C, q=self.q[index], d=self.d[index], tau=tau, full_G=full_G)
 
+    def cut(self, start: int, stop: int) -> Data:
+        """Copies of the problems from start to stop, of more than one."""
+        tau = None if self.tau is None else cut(self.tau, start, stop)
+        full_G = None if self.full_G is None else cut(self.full_G, start, stop)
+        Q, q, C, d = (cut(t, start, stop) for t in (self.Q, self.q, self.C, self.d))
+        return replace(self, Q=Q, q=q, C=C, d=d, tau=tau, full_G=full_G)
 
-def stack(problem: QP) -> Data:
+
+def stack(problem: QP, prepared: Prepared | None = None) -> Data:
     """Symmetrise Q, stack the rows and make rows that cannot bind inert: h = +inf, or implied by an entropy's z ≥ 0.
 
     Args:
         problem: float64, on the device where it is to be solved.
+        prepared: Keeps Q and C where the parameters that they are made of are known.
     """
     batch = problem.batch_size or 1
     n = problem.n
@@ -144,28 +160,40 @@ def stack(problem: QP) -> Data:
             return problem.q.new_zeros(batch, 0)
         return tensor.reshape(-1, tensor.shape[-1]).expand(batch, -1)
 
-    Q = problem.q.new_zeros(1, n, n) if problem.Q is None else matrix(problem.Q)
-    if problem.Q is not None:
-        Q = 0.5 * (Q + Q.transpose(1, 2))
+    if problem.Q is None:
+        Q = problem.q.new_zeros(1, n, n)
+    else:
+        Q = kept(prepared, "symmetric", [problem.Q], lambda: _symmetric(matrix(problem.Q)))
     G, h, A, b = matrix(problem.G), vector(problem.h), matrix(problem.A), vector(problem.b)
     full_G = G
     free = torch.isinf(h) if problem.entropy is None else torch.isinf(h) | _is_implied(G, h)
-    if bool(free.any()):
+    has_free = bool(free.any())
+    if has_free:
         shared = free[:1] if bool((free == free[:1]).all()) else free
         G = torch.where(shared.unsqueeze(-1), torch.zeros_like(G), G)
         h = torch.where(free, torch.ones_like(h), h)
-    if A.shape[1] == 0:
-        C, d = G, h
-    elif G.shape[1] == 0:
-        C, d = A, b
-    else:
-        rows = max(A.shape[0], G.shape[0])
-        C = torch.cat([A.expand(rows, -1, -1), G.expand(rows, -1, -1)], dim=1)
-        d = torch.cat([b, h], dim=1)
-    data = Data(Q=Q, q=vector(problem.q), C=C, d=d, p=problem.p, is_linear=problem.Q is None)
+    # Rows that cannot bind depend on more than the matrices: nothing is kept where there are some.
+    made_of = [t for t in (problem.A, problem.G) if t is not None]
+    C = kept(None if has_free or not made_of else prepared, "rows", made_of, lambda: _below(A, G))
+    d = torch.cat([b, h], dim=1)
+    data = Data(Q=Q, q=vector(problem.q), C=C, d=d, p=problem.p, is_linear=problem.Q is None, prepared=prepared)
     if problem.entropy is None:
         return data
     return replace(data, tau=problem.entropy.reshape(-1).expand(batch), full_G=full_G)
+
+
+def _symmetric(Q: Tensor) -> Tensor:
+    return 0.5 * (Q + Q.transpose(1, 2))
+
+
+def _below(A: Tensor, G: Tensor) -> Tensor:
+    """The rows of both, `(1 or B, p + m, n)`; the only ones there are as they are."""
+    if A.shape[1] == 0:
+        return G
+    if G.shape[1] == 0:
+        return A
+    count = max(A.shape[0], G.shape[0])
+    return torch.cat([A.expand(count, -1, -1), G.expand(count, -1, -1)], dim=1)
 
 
 def _is_implied(G: Tensor, h: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from argrad_service.engine.active_set import ActiveSetFactor, Rows, factor_active_set
-from argrad_service.engine.data import Data, inf_norm, matvec, matvec_t
+from argrad_service.engine.data import Data, entropy_slope, inf_norm, matvec, matvec_t
 from argrad_service.engine.finish import Guess
 
 NEWTON_STEPS = 12
@@ -33,14 +33,17 @@ CONVERGED = 1e-7
 """The step of log z below which Newton's method, being quadratic, has converged."""
 
 SOLVED = 1e-9
-"""Relative residual of the rows up to which an active set's equations count as solved: Newton's method leaves 1e-15
-where they have a solution."""
+"""Relative residual up to which an active set's equations count as solved: Newton's method leaves 1e-15 where they have
+a solution."""
 
 TRUSTED = 1e-3
 """Entries of a guess above this fraction of its largest are taken as they are, smaller ones from stationarity."""
 
 LARGEST_LOG = 700.0
 """Bound on log z, below what overflows."""
+
+SMALLEST_LOG = -708.0
+"""Log of a z that is zero."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,7 +127,7 @@ def solve_on_rows(data: Data, guess: Guess) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         z `(B, n)`, exactly 0 where it is below the smallest normal float64, y `(B, p + m)`, and whether the equations
-        hold `(B,)`.
+        hold, those of the rows and of stationarity, `(B,)`.
     """
     tau, active = tau_of(data), guess.active
     y = torch.where(active, guess.y, 0.0)
@@ -138,15 +141,30 @@ def solve_on_rows(data: Data, guess: Guess) -> tuple[Tensor, Tensor, Tensor]:
         dz, dy, _ = factor.solve(-slope.unsqueeze(-1), factor.rows.gather(away).unsqueeze(-1))
         dz, full = dz.squeeze(-1), factor.rows.scatter(dy.squeeze(-1), data.d.shape[1])
         dw = -(slope + curvature(data, dz) + matvec_t(data.C, full)) / tau
+        # Where z is that small, before and after, it does not count: rounding moves its logarithm.
+        counts = torch.maximum(w, w + dw) > SMALLEST_LOG
         w, y = move(w, dw), y + full
-        # Where z is that small it does not count: rounding moves its logarithm.
-        last = inf_norm(torch.where(z > torch.finfo(z.dtype).tiny, dw, 0.0))
+        last = inf_norm(torch.where(counts, dw, 0.0))
         if not bool((last > CONVERGED * (1 + inf_norm(w))).any()):
             break
     z = underflow(w)
     off = torch.where(active, data.d - matvec(data.C, z), 0.0)
     is_on_rows = inf_norm(off) <= SOLVED * (1e-3 + inf_norm(data.d))
-    return z, y, is_on_rows & (last <= 1e1 * CONVERGED * (1 + inf_norm(w)))
+    is_settled = last <= 1e1 * CONVERGED * (1 + inf_norm(w))
+    return z, y, is_on_rows & is_settled & _is_stationary(data, z, y)
+
+
+def _is_stationary(data: Data, z: Tensor, y: Tensor) -> Tensor:
+    """Whether ‖Qz + q + τ(1 + log z) + Cᵀy‖∞ is small against its terms, `(B,)`.
+
+    An underflowed z is right if it wants to be smaller still.
+    """
+    slope, is_small = entropy_slope(tau_of(data).squeeze(-1), z)
+    Qz, Cty = curvature(data, z), matvec_t(data.C, y)
+    missed = Qz + data.q + slope + Cty
+    missed = torch.where(is_small, missed.clamp(max=0), missed)
+    size = torch.stack([inf_norm(term) for term in (Qz, data.q, slope, Cty)]).amax(0)
+    return inf_norm(missed) <= SOLVED * size
 
 
 def stationarity(data: Data, z: Tensor, w: Tensor, y: Tensor) -> Tensor:

@@ -167,9 +167,12 @@ class DenseHessians:
         return (self.base + self.gram).diagonal(dim1=1, dim2=2)
 
     def inverse(self, rho: Tensor) -> Explicit:
-        """One Cholesky factor a problem."""
-        lower, _ = torch.linalg.cholesky_ex(self.base + rho.unsqueeze(-1) * self.gram)
-        return Explicit(matrix=torch.cholesky_inverse(lower))
+        """One Cholesky factor a problem, and its inverse."""
+        return Explicit(matrix=torch.cholesky_inverse(self.factor(rho).lower))
+
+    def factor(self, rho: Tensor) -> Factored:
+        """One Cholesky factor a problem: what a few applications are cheaper by, where n is large."""
+        return Factored(lower=torch.linalg.cholesky_ex(self.base + rho.unsqueeze(-1) * self.gram)[0])
 
     def select(self, index: Tensor) -> DenseHessians:
         """Those of the problems named by index."""

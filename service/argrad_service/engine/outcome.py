@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from argrad.problems import QP, Adjoint, Flag, Solution, Status
-from argrad_service.engine.data import Data
+from argrad_service.engine.data import Data, cut
 from argrad_service.engine.options import ShouldStop, SolverOptions
 from argrad_service.engine.point import KKTFactor
 
@@ -70,6 +70,29 @@ class Forward(Outcome):
 
     data: Data
     factor: KKTFactor
+
+    def cut(self, start: int, stop: int) -> Forward:
+        """The outcome of the problems from start to stop alone, of more than one; it holds nothing of the others.
+
+        Every parameter of the problem has a batch dimension.
+
+        Raises:
+            TypeError: the outcome of problems with an entropy cannot be divided.
+        """
+        factor, numbers = self.factor.cut(start, stop), {}
+        for name in ("iterations", "primal_residual", "dual_residual", "gap", "objective"):
+            numbers[name] = getattr(self, name)[start:stop].clone()
+        return replace(
+            self,
+            problem=QP.of_checked({name: t[start:stop].clone() for name, t in self.problem.parameters().items()}),
+            data=factor.factor.data,
+            factor=factor,
+            solution=Solution(**{name: t[start:stop].clone() for name, t in self.solution.blocks().items()}),
+            status=self.status[start:stop],
+            flags=self.flags[start:stop],
+            measures={name: cut(values, start, stop) for name, values in self.measures.items()},
+            **numbers,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,6 +63,15 @@ class KKTSystem(Protocol):
         ...
 
 
+@runtime_checkable
+class Divisible(Protocol):
+    """A `KKTSystem` from which problems can be taken out."""
+
+    def cut(self, start: int, stop: int) -> KKTSystem:
+        """Copies of what belongs to the problems from start to stop, of more than one."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KKTFactor:
     """What `kkt` differentiation reuses of a forward solve.
@@ -78,6 +87,18 @@ class KKTFactor:
     is_optimal: Tensor
     is_weak: Tensor
     is_regular: bool = False
+
+    def cut(self, start: int, stop: int) -> KKTFactor:
+        """Copies of what belongs to the problems from start to stop, of more than one.
+
+        Raises:
+            TypeError: the factor cannot be divided: that of problems with an entropy.
+        """
+        if not isinstance(self.factor, Divisible):
+            raise TypeError(f"{type(self.factor).__name__} cannot be divided")
+        is_optimal, is_weak = self.is_optimal[start:stop].clone(), self.is_weak[start:stop].clone()
+        factor = self.factor.cut(start, stop)
+        return KKTFactor(factor=factor, is_optimal=is_optimal, is_weak=is_weak, is_regular=self.is_regular)
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +137,8 @@ class Point:
         finished: The rest, where z and y are exact already.
         is_fallback: `(B,)`, which problems another solver than the one asked for has solved; None for no problem.
         is_final: Whether z and y are the answer as they are, because the caller wants no exact solve after them.
+        is_truncated: `(B,)`, problems that ended where the caller said, by a truncation, before their residuals were
+            within the tolerance: z and y are their answer. None for no problem.
         measures: What else was measured, `(B,)` each.
     """
 
@@ -129,6 +152,7 @@ class Point:
     finished: Finished | None = None
     is_fallback: Tensor | None = None
     is_final: bool = False
+    is_truncated: Tensor | None = None
     measures: dict[str, Tensor] = field(default_factory=dict)
 
 

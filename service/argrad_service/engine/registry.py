@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from argrad.errors import MissingExtraError, ProblemError
+from argrad_service.engine.crossovers import choose
 from argrad_service.engine.data import Data
 from argrad_service.engine.finish import Guess
 from argrad_service.engine.options import OwnOptions, SolverOptions, describe_options, read_options
@@ -29,10 +30,6 @@ CALLER = "caller"
 
 FALLBACK = "pdipm"
 """Solves what `pivoting` could not decide."""
-
-MOST_VARIABLES_OF_MANY_ROWS = 64
-"""With more rows than variables `auto` takes `pivoting` up to this size: beyond it the dual active set takes as many
-steps as there are active rows, each a pass over all rows, and the batched interior point is faster."""
 
 
 SHARED_OPTIONS: dict[str, dict[str, float]] = {
@@ -253,8 +250,8 @@ def find_solver(name: str, data: Data, options: SolverOptions, warm: Guess | Non
     if name == AUTO:
         if options.own:
             raise ProblemError("solver.options", "options for auto", "a solver by name, for each has its own")
-        solver = SOLVERS["pivoting" if _suits_pivoting(data, warm) else "pdipm"]
-        return solver, replace(options, own=OwnOptions())
+        solver = SOLVERS[choose(data, lambda able: suits(able, data, warm))]
+        return solver, replace(options, own=solver.module.Options())
     if name not in SOLVERS:
         raise ProblemError("solver.name", repr(name), f"one of {', '.join([AUTO, *SOLVERS])}")
     solver = SOLVERS[name]
@@ -272,13 +269,10 @@ def find_solver(name: str, data: Data, options: SolverOptions, warm: Guess | Non
     return solver, replace(options, own=own)
 
 
-def _suits_pivoting(data: Data, warm: Guess | None) -> bool:
-    if warm is not None or data.kind != "qp":
-        return False
-    has_few_rows = data.m <= data.n - data.p
-    if data.q.device.type != "cpu":
-        return has_few_rows
-    return (has_few_rows or data.n <= MOST_VARIABLES_OF_MANY_ROWS) and SOLVERS["pivoting"].is_installed
+def suits(name: str, data: Data, warm: Guess | None) -> bool:
+    """Whether `auto` may take a solver: it makes use of a warm start, if there is one, and its packages are there."""
+    solver = SOLVERS[name]
+    return (warm is None or solver.warm_starts) and (data.q.device.type != "cpu" or solver.is_installed)
 
 
 def find_method(

@@ -39,6 +39,11 @@ class SemidefiniteFactor:
             raise RuntimeError("a factor has either `lower` or `half`")
         return self.half.transpose(-1, -2) @ (self.half @ rhs)
 
+    def cut(self, start: int, stop: int) -> SemidefiniteFactor:
+        """Copies of the factors from start to stop."""
+        lower, half = (None if t is None else t[start:stop].clone() for t in (self.lower, self.half))
+        return SemidefiniteFactor(lower=lower, half=half, is_deficient=self.is_deficient[start:stop].clone())
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""

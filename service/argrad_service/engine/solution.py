@@ -49,16 +49,17 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
     y[:, data.p :].clamp_(min=0)
     judged = residuals(data, z, y)
     is_regularised = takes_point = torch.zeros_like(is_optimal)
+    is_truncated = takes_point if point.is_truncated is None else point.is_truncated
     status = point.status
     if point.is_final or not bool((is_optimal & (judged.scaled <= options.tolerance)).all()):
         # Where the active set was not confirmed, the solver's own point may be the better of the two.
         is_worse = ~(judged.scaled <= residuals(data, point.z, point.y).scaled)
-        takes_point = (is_worse & ~point.is_exact) | ~is_optimal | point.is_final
-        is_regularised = takes_point & is_optimal & (not point.is_final)
+        takes_point = (is_worse & ~point.is_exact) | ~is_optimal | point.is_final | is_truncated
+        is_regularised = takes_point & is_optimal & ~is_truncated & (not point.is_final)
         z, y = (torch.where(takes_point.unsqueeze(-1), a, b) for a, b in ((point.z, z), (point.y, y)))
         z, y = torch.nan_to_num(z), torch.nan_to_num(y)
         judged = residuals(data, z, y)
-        fails = is_optimal & ~(judged.scaled <= options.tolerance)
+        fails = is_optimal & ~is_truncated & ~(judged.scaled <= options.tolerance)
         status = torch.where(fails, CODE[Status.NUMERICAL_ERROR], status)
         is_optimal = is_optimal & ~fails
 
@@ -81,6 +82,7 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
         Flag.DEGENERATE: kkt.is_weak,
         Flag.DEPENDENT: factor.is_dependent & is_optimal,
         Flag.NONUNIQUE: factor.is_nonunique & is_optimal,
+        Flag.TRUNCATED: is_truncated & is_optimal,
         Flag.REGULARISED: is_regularised & is_optimal,
     }
     if point.is_fallback is not None:

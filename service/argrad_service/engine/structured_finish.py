@@ -102,7 +102,8 @@ class StructuredFactor:
 
 def _largest(block: Tensor) -> Tensor:
     """Largest absolute entry of `(B, j, r)`, `(B,)`."""
-    return block.abs().flatten(1).amax(-1)
+    entries = block.abs().flatten(1)
+    return entries.amax(-1) if entries.shape[1] else entries.new_zeros(len(entries))
 
 
 def factor_structured(data: Data, structure: Structure, active: Tensor) -> StructuredFactor:

@@ -3,13 +3,9 @@ r"""`altdiff`: alternating differentiation, the derivative of ADMM's iteration, 
 `mode = "transposed"` runs the recursion of the adjoint (`fixed_points.AdmmMap`) at the sign pattern [s > 0] of the
 solution, until d_z moves by less than the truncation: the same limit, at a cost that does not depend on the number of
 parameters. `mode = "forward"` is the paper's algorithm 1: ADMM from zero at a constant penalty and without
-over-relaxation, and with each step the Jacobians
-
-    ∂x⁺ = H⁻¹[−∂q + CᵀP(∂d − Σ∂w)],    ∂w⁺ = C∂x⁺ − ∂d + D∂w
-
-(D = [w > 0] of the iterate, 1 on equalities, Σ = 2D − I) of x and w = y/ρ − s (`splitting`) with respect to q, b and h,
-truncated where ‖x⁺ − x‖/‖x‖ < ε. With entropy H has τD(1/x⁺) besides. The adjoint is d_z = J_qᵀg,
-d_y = −J_dᵀg. Gradients of Q, A and G follow from the adjoint as for every method. The error is of the order of ε.
+over-relaxation, and with each step the Jacobians with respect to q, b and h (`alternation`), truncated where
+‖x⁺ − x‖/‖x‖ < ε. The adjoint is d_z = J_qᵀg, d_y = −J_dᵀg. Gradients of Q, A and G follow from the adjoint as for
+every method. The error is of the order of ε.
 
 Reference: Sun et al., Alternating Differentiation for Optimization Layers, ICLR 2023, eqs. (5a)–(5g), algorithm 1,
 theorem 4.1. Deviations: the transposed recursion; s and ν of the paper in one vector w; penalties for each row unless
@@ -19,7 +15,7 @@ theorem 4.1. Deviations: the transposed recursion; s and ν of the paper in one 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -28,13 +24,11 @@ from torch import Tensor
 
 from argrad.problems import Flag
 from argrad_service.engine.backward.adjoints import INACCURATE, Cotangents, conclude_adjoint, read_cotangents
+from argrad_service.engine.backward.alternation import Found, recur
 from argrad_service.engine.backward.inexact import adjoint_residual
-from argrad_service.engine.data import Data
-from argrad_service.engine.forward.entropic_step import EntropicStep
 from argrad_service.engine.forward.fixed_points import AdmmMap, admm_map
-from argrad_service.engine.forward.splitting import Splitting, split
-from argrad_service.engine.inverses import Inverse
-from argrad_service.engine.options import OwnOptions, ShouldStop, Stopped
+from argrad_service.engine.forward.splitting import split
+from argrad_service.engine.options import OwnOptions, Stopped
 from argrad_service.engine.outcome import Backward, Forward
 from argrad_service.engine.structure import detect
 
@@ -44,16 +38,14 @@ JACOBIAN_BYTES = 2**28
 """Bound on the Jacobians held at a time: a larger batch goes in parts."""
 
 WORTHLESS = 1.0
-"""Where the adjoint misses the KKT system by more than this there is none: zero would miss it by less."""
+"""Where the adjoint misses the KKT system by more than this there is none, for zero would miss it by less; but where a
+coarse ε asked for an approximation, with `INACCURATE` the finest that does, it is given and flagged."""
 
 BLOCKS_HELD = 6
 """Arrays of the Jacobians' size that a step holds."""
 
 ROUNDING = 1e-13
 """Part of its first value below which a vector of the transposed recursion is rounding."""
-
-LOOK_EVERY = 10
-"""Steps between two loop tests."""
 
 
 class Options(OwnOptions):
@@ -91,12 +83,13 @@ def vjp(forward: Forward, upstream: Mapping[str, Tensor], options: Options) -> B
     given = read_cotangents(forward.data, upstream)
     found = _forward(forward, given, options) if options.mode == "forward" else _transposed(forward, given, options)
     residual = adjoint_residual(forward, given, found.d_z, found.d_y)
+    is_wanted = residual.isfinite() if options.truncation > INACCURATE else residual <= WORTHLESS
     backward = conclude_adjoint(
         forward,
         given,
         found.d_z,
         found.d_y,
-        error=torch.where(found.is_truncated & (residual <= WORTHLESS), 0.0, torch.inf),
+        error=torch.where(found.is_truncated & is_wanted, 0.0, torch.inf),
         method=NAME,
         measures={"altdiff_iterations": found.iterations, "adjoint_residual": residual},
     )
@@ -108,17 +101,7 @@ def vjp(forward: Forward, upstream: Mapping[str, Tensor], options: Options) -> B
     return replace(backward, flags=flags)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Found:
-    """Adjoint blocks `(k, B, ·)`; steps, and whether ε was reached, `(B,)`."""
-
-    d_z: Tensor
-    d_y: Tensor
-    iterations: Tensor
-    is_truncated: Tensor
-
-
-def _transposed(forward: Forward, given: Cotangents, options: Options) -> _Found:
+def _transposed(forward: Forward, given: Cotangents, options: Options) -> Found:
     """The recursion v⁺ = Dv + ΣPC d_z(v) + DP g_y from v = 0, until neither d_z nor v moves."""
     whole: AdmmMap = admm_map(forward, rho=options.rho)
     g_z, g_y = given.g_z.transpose(0, 1), given.g_y.transpose(0, 1)
@@ -136,7 +119,7 @@ def _transposed(forward: Forward, given: Cotangents, options: Options) -> _Found
         keep = torch.nonzero(~done & ~lost).squeeze(-1)
         index, now, of = index[keep], now[keep], of.select(keep)
     d_z, d_y = whole.pull(v, g_z, g_y)
-    return _Found(d_z=d_z.transpose(0, 1), d_y=d_y.transpose(0, 1), iterations=iterations, is_truncated=is_truncated)
+    return Found(d_z=d_z.transpose(0, 1), d_y=d_y.transpose(0, 1), iterations=iterations, is_truncated=is_truncated)
 
 
 def _iterate(
@@ -177,18 +160,32 @@ def _is_settled(after: Tensor, before: Tensor, truncation: float, noise: Tensor)
     return _norm(after - before) <= torch.maximum(truncation * _norm(after), noise)
 
 
-def _forward(forward: Forward, given: Cotangents, options: Options) -> _Found:
+def _forward(forward: Forward, given: Cotangents, options: Options) -> Found:
     """The paper's recursion, for as many problems at a time as their Jacobians fit."""
     data = forward.data
     columns = data.n + data.d.shape[1]
     size = max(1, JACOBIAN_BYTES // (8 * columns * columns * BLOCKS_HELD))
+    rows = forward.factor.factor.rows
+    strong = rows.scatter(rows.valid.to(data.q), data.d.shape[1])
+    is_dropped = forward.factor.is_weak.unsqueeze(-1) & (strong == 0)
     parts = []
     for begin in range(0, data.B, size):
         index = torch.arange(begin, min(begin + size, data.B), device=data.q.device)
         g_z, g_y = given.g_z[:, index].transpose(0, 1), given.g_y[:, index].transpose(0, 1)
         rho = _penalty(forward, options)[index]
-        parts.append(_recur(data.select(index), g_z, g_y, rho, options, forward.options.should_stop))
-    return _Found(
+        part = data.select(index)
+        problem = split(part, detect(part), rho=options.rho)
+        found = recur(
+            problem,
+            rho * problem.unit,
+            (g_z, g_y),
+            is_dropped[index],
+            truncation=options.truncation,
+            max_iterations=options.max_iterations,
+            should_stop=forward.options.should_stop,
+        )
+        parts.append(found)
+    return Found(
         d_z=torch.cat([part.d_z for part in parts]).transpose(0, 1),
         d_y=torch.cat([part.d_y for part in parts]).transpose(0, 1),
         iterations=torch.cat([part.iterations for part in parts]),
@@ -202,57 +199,3 @@ def _penalty(forward: Forward, options: Options) -> Tensor:
     if rho is None:
         return forward.data.q.new_ones(forward.data.B, 1)
     return rho.to(forward.data.q).nan_to_num(nan=1.0).unsqueeze(-1)
-
-
-def _recur(data: Data, g_z: Tensor, g_y: Tensor, rho: Tensor, options: Options, should_stop: ShouldStop) -> _Found:
-    """ADMM and its Jacobians from zero; cotangents and the adjoint are `(B, k, ·)` here."""
-    problem = split(data, detect(data), rho=options.rho)
-    rho = rho * problem.unit
-    inverse, penalties = problem.hessians.inverse(rho), rho * problem.weights
-    n, columns = data.n, data.n + data.d.shape[1]
-    eye = torch.eye(columns, dtype=data.q.dtype, device=data.q.device)
-    tangents = _Tangents(q=eye[:, :n].unsqueeze(0), d=eye[:, n:].unsqueeze(0))
-    x, w = torch.zeros_like(data.q) if data.tau is None else torch.ones_like(data.q), torch.zeros_like(data.d)
-    dx, dw = x.new_zeros(data.B, columns, n), x.new_zeros(data.B, columns, columns - n)
-    done = torch.zeros(data.B, dtype=torch.bool, device=x.device)
-    iterations = torch.zeros(data.B, dtype=torch.int64, device=x.device)
-    for k in range(options.max_iterations):
-        if k % LOOK_EVERY == 0:
-            if should_stop():
-                raise Stopped
-            if bool(done.all()):
-                break
-        x_next = problem.primal(x, w, inverse, penalties)
-        change = torch.linalg.vector_norm(x_next - x, dim=-1) / torch.linalg.vector_norm(x, dim=-1)
-        linear = inverse.at(x_next) if isinstance(inverse, EntropicStep) else inverse
-        dx_next, dw_next = tangents.push(problem, linear, penalties, w, dw)
-        frozen, kept = done.unsqueeze(-1), done[:, None, None]
-        dx, dw = torch.where(kept, dx, dx_next), torch.where(kept, dw, dw_next)
-        w = torch.where(frozen, w, problem.dual(x_next, w, 1.0))
-        x = torch.where(frozen, x, x_next)
-        iterations = iterations + (~done).to(iterations)
-        done = done | (change < options.truncation)
-    dy = penalties.unsqueeze(1) * _pattern(problem, w).unsqueeze(1) * dw
-    pulled = torch.einsum("bcn,bkn->bkc", dx, g_z) + torch.einsum("bcr,bkr->bkc", dy, g_y)
-    return _Found(d_z=pulled[..., :n], d_y=-pulled[..., n:], iterations=iterations, is_truncated=done)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Tangents:
-    """∂q `(1, c, n)` and ∂d `(1, c, p + m)` of the parameters that the c rows of the Jacobians belong to."""
-
-    q: Tensor
-    d: Tensor
-
-    def push(
-        self, problem: Splitting, inverse: Inverse, penalties: Tensor, w: Tensor, dw: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """∂x⁺ and ∂w⁺ at the iterate w `(B, p + m)`."""
-        D = _pattern(problem, w).unsqueeze(1)
-        dx = inverse.apply(problem.C.transposed(penalties.unsqueeze(1) * (self.d - (2 * D - 1) * dw)) - self.q)
-        return dx, problem.C.times(dx) - self.d + D * dw
-
-
-def _pattern(problem: Splitting, w: Tensor) -> Tensor:
-    """D, `(B, p + m)`."""
-    return (problem.is_equality | (w > 0)).to(w)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from argrad.errors import ProblemError
 from argrad_service.engine.backward.adjoints import conclude_adjoint, read_cotangents
-from argrad_service.engine.backward.inexact import adjoint_residual
+from argrad_service.engine.backward.inexact import adjoint_residual, missed
 from argrad_service.engine.backward.linear import SOLVERS
 from argrad_service.engine.forward.fixed_points import FixedPointMap, admm_map, pgd_map, spectral_radius
 from argrad_service.engine.options import OwnOptions
@@ -30,8 +30,8 @@ from argrad_service.engine.outcome import Backward, Forward
 NAME = "folded"
 
 ACCURATE = 1e-8
-"""Where the system is solved to its tolerance but the adjoint misses the KKT system by more than this, the map is too
-badly conditioned to be trusted."""
+"""Where the system is solved to its tolerance but the adjoint misses the KKT system by more than this, it is corrected
+once, by the adjoint of what it misses; if that does not help, the map is too badly conditioned to be trusted."""
 
 
 class Options(OwnOptions):
@@ -76,26 +76,44 @@ def vjp(forward: Forward, upstream: Mapping[str, Tensor], options: Options) -> B
     if options.map == "pgd" and forward.data.tau is not None:
         raise ProblemError("differentiation.options.map", "'pgd' for a problem with entropy", "'admm'")
     of: FixedPointMap = pgd_map(forward) if options.map == "pgd" else admm_map(forward, rho=options.rho)
-    s = of.start(g_z, g_y)
-    solved = SOLVERS[options.linear](
-        of.vjp,
-        s,
-        tolerance=options.tolerance,
-        max_iterations=options.max_iterations,
-        should_stop=forward.options.should_stop,
-    )
-    d_z, d_y = (block.transpose(0, 1) for block in of.pull(solved.v, g_z, g_y))
+    d_z, d_y, is_converged, iterations = _solve(of, g_z, g_y, forward, options)
     residual = adjoint_residual(forward, given, d_z, d_y)
+    limit = max(ACCURATE, options.tolerance)
+    misses = is_converged & (residual > limit)
+    if bool(misses.any()):
+        off_z, off_y = (block.transpose(0, 1) for block in missed(forward, given, d_z, d_y))
+        more_z, more_y, _, more = _solve(of, off_z, off_y, forward, options)
+        better_z, better_y = d_z + more_z, d_y + more_y
+        refined = adjoint_residual(forward, given, better_z, better_y)
+        takes = (misses & (refined < residual)).unsqueeze(-1)
+        d_z, d_y = torch.where(takes, better_z, d_z), torch.where(takes, better_y, d_y)
+        residual = torch.where(takes.squeeze(-1), refined, residual)
+        iterations = iterations + torch.where(misses, more, 0)
     return conclude_adjoint(
         forward,
         given,
         d_z,
         d_y,
-        error=torch.where(solved.is_converged & (residual <= max(ACCURATE, options.tolerance)), residual, torch.inf),
+        error=torch.where(is_converged & (residual <= limit), residual, torch.inf),
         method=NAME,
         measures={
-            "spectral_radius": spectral_radius(of, s, options.power_iterations),
-            "linear_iterations": solved.iterations,
+            "spectral_radius": spectral_radius(of, of.start(g_z, g_y), options.power_iterations),
+            "linear_iterations": iterations,
             "adjoint_residual": residual,
         },
     )
+
+
+def _solve(
+    of: FixedPointMap, g_z: Tensor, g_y: Tensor, forward: Forward, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The adjoint of cotangents `(B, k, ·)`: d_z, d_y `(k, B, ·)`; whether and when each problem converged."""
+    solved = SOLVERS[options.linear](
+        of.vjp,
+        of.start(g_z, g_y),
+        tolerance=options.tolerance,
+        max_iterations=options.max_iterations,
+        should_stop=forward.options.should_stop,
+    )
+    d_z, d_y = (block.transpose(0, 1) for block in of.pull(solved.v, g_z, g_y))
+    return d_z, d_y, solved.is_converged, solved.iterations

@@ -66,23 +66,48 @@ def conclude_inexact(
 def adjoint_residual(forward: Forward, cotangents: Cotangents, d_z: Tensor, d_y: Tensor) -> Tensor:
     """By how much an adjoint misses the KKT system of the exact active set, relative to the cotangents, `(B,)`.
 
-    Qd_z + Cᵀd_y + g_z (with entropy Q + τD(1/z), and d_z where z is 0),
-    C_a d_z + g_y,a,   and d_y on inactive rows;  the largest of k cotangents
+    The largest of k cotangents; with entropy d_z where z is 0 counts too.
     """
-    data, rows = forward.data, forward.factor.factor.rows
-    active = rows.scatter(rows.valid.to(d_y.dtype), data.d.shape[1]) > 0
-    worst = d_z.new_zeros(data.B)
+    active = _active(forward)
+    slope, on_rows = missed(forward, cotangents, d_z, d_y)
+    if forward.data.tau is not None:
+        slope = torch.where(_is_there(forward), slope, d_z)
+    worst = d_z.new_zeros(forward.data.B)
+    for x, y, g_z, g_y in zip(slope, on_rows, cotangents.g_z, cotangents.g_y, strict=True):
+        size = torch.maximum(inf_norm(g_z), inf_norm(torch.where(active, g_y, 0.0)))
+        worst = torch.maximum(
+            worst, torch.maximum(inf_norm(x), inf_norm(y)) / torch.where(size > 0, size, torch.ones_like(size))
+        )
+    return worst
+
+
+def missed(forward: Forward, cotangents: Cotangents, d_z: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual of the adjoint's KKT system, `(k, B, n)` and `(k, B, p + m)`: the cotangents of its correction.
+
+    Qd_z + Cᵀd_y + g_z (with entropy Q + τD(1/z), and 0 where z is 0),   C_a d_z + g_y,a,   and d_y on inactive rows
+    """
+    data, active = forward.data, _active(forward)
+    slopes, on_rows = [], []
     for x, y, g_z, g_y in zip(d_z, d_y, cotangents.g_z, cotangents.g_y, strict=True):
-        on_rows = torch.where(active, matvec(data.C, x) + g_y, y)
+        on_rows.append(torch.where(active, matvec(data.C, x) + g_y, y))
         slope = matvec(data.Q, x) + matvec_t(data.C, y) + g_z
         if data.tau is not None:
-            z = forward.solution.z
-            is_there = z > torch.finfo(z.dtype).tiny
-            slope = torch.where(is_there, slope + data.tau.unsqueeze(-1) * x / torch.where(is_there, z, 1.0), x)
-        missed = torch.maximum(inf_norm(slope), inf_norm(on_rows))
-        size = torch.maximum(inf_norm(g_z), inf_norm(torch.where(active, g_y, 0.0)))
-        worst = torch.maximum(worst, missed / torch.where(size > 0, size, torch.ones_like(size)))
-    return worst
+            is_there = _is_there(forward)
+            z = torch.where(is_there, forward.solution.z, 1.0)
+            slope = torch.where(is_there, slope + data.tau.unsqueeze(-1) * x / z, 0.0)
+        slopes.append(slope)
+    return torch.stack(slopes), torch.stack(on_rows)
+
+
+def _active(forward: Forward) -> Tensor:
+    rows = forward.factor.factor.rows
+    return rows.scatter(rows.valid.to(forward.data.q), forward.data.d.shape[1]) > 0
+
+
+def _is_there(forward: Forward) -> Tensor:
+    """Entries of z that did not underflow, `(B, n)`."""
+    z = forward.solution.z
+    return z > torch.finfo(z.dtype).tiny
 
 
 def distance(forward: Forward, z: Tensor) -> Tensor:

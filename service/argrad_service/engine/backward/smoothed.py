@@ -30,12 +30,13 @@ from torch import Tensor
 from argrad.problems import QP, Flag, Status
 from argrad_service.engine.active_set import factor_active_set
 from argrad_service.engine.backward import kkt
-from argrad_service.engine.backward.adjoints import Cotangents, read_cotangents
+from argrad_service.engine.backward.adjoints import INACCURATE, Cotangents, read_cotangents
 from argrad_service.engine.backward.inexact import conclude_inexact, distance
+from argrad_service.engine.backward.sharp import solve_barrier
 from argrad_service.engine.data import Data, dot, stack
 from argrad_service.engine.finish import Guess, solve_on_active_set
 from argrad_service.engine.forward import barrier, pdipm
-from argrad_service.engine.forward.central_path import PathPoint, factor_barrier, multipliers
+from argrad_service.engine.forward.central_path import PathPoint, multipliers
 from argrad_service.engine.forward.interior import find_interior
 from argrad_service.engine.options import OwnOptions, SolverOptions
 from argrad_service.engine.outcome import Backward, Forward
@@ -49,9 +50,6 @@ SHARPNESS = 100.0
 
 GROWTH = 10.0
 """Factor by which t grows on the way."""
-
-REFINEMENTS = 2
-"""Steps of iterative refinement: the factor's ridge matters where the barrier is sharp."""
 
 CHUNK = 2**22
 """Numbers in the matrices of the perturbed problems that are solved at a time."""
@@ -162,16 +160,9 @@ def _barrier(forward: Forward, given: Cotangents, options: Options) -> Smoothed:
         )
         z, lam = path.z, multipliers(data, path)[:, data.p :]
         status = {"no_interior": ~interior.is_found, "inaccurate": ~is_done}
-    D = t.unsqueeze(-1) * lam.square()
-    factor, weights = factor_barrier(data, D), D.unsqueeze(-1)
     g_z, g_nu, g_lam = (g.permute(1, 2, 0) for g in (given.g_z, given.g_y[..., : data.p], given.g_y[..., data.p :]))
-    r1, r2 = -g_z - data.G.mT @ (weights * g_lam), -g_nu
-    d_z, d_nu = factor.solve(r1, r2)
-    for _ in range(REFINEMENTS):
-        e1 = r1 - (data.Q @ d_z + data.G.mT @ (weights * (data.G @ d_z)) + data.A.mT @ d_nu)
-        dx, dy = factor.solve(e1, r2 - data.A @ d_z)
-        d_z, d_nu = d_z + dx, d_nu + dy
-    mu = weights * (data.G @ d_z + g_lam)
+    d_z, d_nu, mu, error = solve_barrier(data, t.unsqueeze(-1) * lam.square(), g_z, g_nu, g_lam)
+    status["inaccurate"] = status.get("inaccurate", torch.zeros_like(error, dtype=torch.bool)) | ~(error <= INACCURATE)
     d_y = torch.cat([d_nu, mu], dim=1)
     return Smoothed(d_z=d_z.permute(2, 0, 1), d_y=d_y.permute(2, 0, 1), z=z, status=status, measures={"t": t})
 

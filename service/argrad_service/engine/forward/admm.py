@@ -69,11 +69,12 @@ class Options(OwnOptions):
     truncation, for the paper's iteration has none."""
 
     truncation: float | None = Field(default=None, gt=0, le=1)
-    """Stop a problem where ‖x⁺ − x‖/‖x‖ is below this; null: by the tolerance or the active set."""
+    """Stop a problem where ‖x⁺ − x‖/‖x‖ is below this, flagged `truncated` unless its residuals are within the
+    tolerance all the same; null: by the tolerance or the active set."""
 
     polish: bool = True
     """Whether the iterate is taken to the exact solution on its active set; otherwise it is returned as it is, and
-    optimal only if its own residuals are within the tolerance."""
+    optimal only if its own residuals are within the tolerance or the truncation stopped it."""
 
     block: int = Field(default=40, ge=1, le=1000)
     """Steps between two looks at the residuals; `max_iterations` counts blocks of so many steps."""
@@ -98,6 +99,7 @@ def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:
         point.status[~is_convex.expand(data.B)] = CODE[Status.NONCONVEX]
     point.measures = {"rho": data.q.new_full((data.B,), torch.nan), "steps": torch.zeros_like(point.iterations)}
     point.is_final = not own.polish
+    point.is_truncated = None if own.truncation is None else torch.zeros_like(point.is_exact)
     index = torch.nonzero(point.status == _UNDECIDED).squeeze(-1)
     if len(index) == 0:
         return point
@@ -134,9 +136,21 @@ def _look(
     leaves = run.is_truncated | (own.truncation is None) & is_good | (block == options.max_iterations)
     if own.polish:
         leaves = leaves | _polish(data, structure, run, point, judged, leaves)
+    if point.is_truncated is not None:
+        _accept_truncated(data, run, point, options)
     if _is_power(block) and block >= FIRST_VERDICT:
         leaves = leaves | _examine(data, point, run.index, options, ~leaves & looks_unsolvable(run))
     return leaves, judged.ratio
+
+
+def _accept_truncated(data: Data, run: Run, point: Point, options: SolverOptions) -> None:
+    """Take the iterates that the truncation stopped as the answer, but of problems without a solution."""
+    stopped = run.is_truncated & (point.status[run.index] == _UNDECIDED)
+    if point.is_truncated is None or not bool(stopped.any()):
+        return
+    accepted = run.index[stopped & ~_examine(data, point, run.index, options, stopped & looks_unsolvable(run))]
+    point.status[accepted] = _OPTIMAL
+    point.is_truncated[accepted] = True
 
 
 def _is_power(block: int) -> bool:

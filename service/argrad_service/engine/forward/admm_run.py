@@ -125,15 +125,16 @@ def advance(run: Run, *, steps: int, relaxation: float, truncation: float | None
     x_before, w_before = x, w
     (x_sum, w_sum) = run.sums
     for _ in range(steps):
-        x_before, w_before = x, w
+        x_last, w_last = x, w
         x = problem.primal(x, w, run.inverse, penalties)
         w = problem.dual(x, w, relaxation)
         if truncation is None:
             x_sum, w_sum = x_sum + x, w_sum + w
-        if truncation is None:
+            x_before, w_before = x_last, w_last
             continue
         frozen = run.is_truncated.unsqueeze(-1)
-        x, w = torch.where(frozen, x_before, x), torch.where(frozen, w_before, w)
+        x, w = torch.where(frozen, x_last, x), torch.where(frozen, w_last, w)
+        x_before, w_before = torch.where(frozen, x_before, x_last), torch.where(frozen, w_before, w_last)
         run.steps = run.steps + (~run.is_truncated).to(run.steps)
         change = torch.linalg.vector_norm(x - x_before, dim=-1)
         run.is_truncated = run.is_truncated | (change <= truncation * torch.linalg.vector_norm(x_before, dim=-1))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from argrad.errors import ProblemError
 from argrad.problems import Status
-from argrad_service.engine.data import Data
+from argrad_service.engine.data import Data, matvec
 from argrad_service.engine.finish import Guess
 from argrad_service.engine.forward.central_path import PathPoint, is_at_end, is_stuck, multipliers, newton_step, sharpen
 from argrad_service.engine.forward.interior import find_interior
@@ -71,7 +71,7 @@ def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # n
     y = multipliers(data, path)
     begun = interior.is_found.unsqueeze(-1)
     guess = guess_at(data, path.z, torch.nan_to_num(torch.where(begun, y, 0.0)))
-    point = confirm(data, guess) if own.polish else _final(data, guess)
+    point = _confirm(data, guess) if own.polish else _final(data, guess)
     point.status = torch.where(interior.is_found, point.status, _LIMIT)
     point.status = torch.where(is_convex, point.status, CODE[Status.NONCONVEX])
     stopped = torch.where(iterations >= options.max_iterations, _LIMIT, CODE[Status.NUMERICAL_ERROR])
@@ -84,6 +84,25 @@ def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # n
         "interior_radius": interior.radius,
         "phase_one_iterations": interior.iterations.to(path.t.dtype),
     }
+    return point
+
+
+def _confirm(data: Data, guess: Guess) -> Point:
+    """The exact active set; where the guess has none, that of the rows whose multiplier outweighs their slack as it is.
+
+    The guess compares multipliers with the largest of them, which says nothing where no row is active.
+    """
+    point = confirm(data, guess)
+    index = torch.nonzero(~point.is_exact).squeeze(-1)
+    if len(index) == 0 or data.m == 0:
+        return point
+    part, z, y = data.select(index), guess.z[index], guess.y[index]
+    active = guess.active[index]
+    active[:, data.p :] &= y[:, data.p :] > part.h - matvec(part.G, z)
+    again = confirm(part, Guess(active=active, z=z, y=y))
+    found = index[again.is_exact]
+    for name in ("active", "z", "y", "status", "is_exact"):
+        getattr(point, name)[found] = getattr(again, name)[again.is_exact]
     return point
 
 

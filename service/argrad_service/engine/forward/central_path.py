@@ -83,7 +83,10 @@ def factor_barrier(data: Data, D: Tensor) -> BarrierFactor:
     """Factor the Newton matrix for weights D > 0 of the inequalities, `(B, m)`."""
     H = data.Q + (data.G * D.unsqueeze(-1)).mT @ data.G
     diagonal = H.detach().diagonal(dim1=1, dim2=2)
-    columns = torch.where(diagonal > 0, diagonal.clamp(min=0).rsqrt(), torch.ones_like(diagonal))
+    # A variable in no term is scaled like the others: at 1 beside 1e6 the ridge would be as large as its part of AᵀA.
+    largest = diagonal.amax(-1, keepdim=True)
+    diagonal = torch.where(diagonal > 0, diagonal, torch.where(largest > 0, largest, 1.0))
+    columns = diagonal.rsqrt()
     A = data.A * columns.unsqueeze(1)
     norms = torch.linalg.vector_norm(A, dim=2)
     rows = torch.where(norms > 0, 1 / norms, torch.ones_like(norms))
@@ -147,6 +150,9 @@ def newton_step(data: Data, point: PathPoint) -> PathPoint:
     λ = 1/(t s) + DGΔz, which equals 1/(t s) at the new point up to the square of the decrement, and makes the linear
     dual equation hold to rounding, where 1/(t s) loses the digits that cancel in s = h − Gz.
 
+    The system is solved for the change of ν: what q and Aᵀν cancel of each other would be rounding error, large where
+    no row is active and D small.
+
     The length is the best of a few for the barrier function, the one that self-concordance vouches for among them, and
     1 where the decrement is small.
     """
@@ -155,9 +161,9 @@ def newton_step(data: Data, point: PathPoint) -> PathPoint:
     lam = 1 / (t * s)
     slope = matvec(data.Q, point.z) + data.q
     factor = factor_barrier(data, lam / s)
-    right = -(slope + matvec_t(data.G, lam))
-    dz, nu = factor.solve(right.unsqueeze(-1), (data.b - matvec(data.A, point.z)).unsqueeze(-1))
-    dz, nu = dz.squeeze(-1), nu.squeeze(-1)
+    right = -(slope + matvec_t(data.G, lam) + matvec_t(data.A, point.nu))
+    dz, dnu = factor.solve(right.unsqueeze(-1), (data.b - matvec(data.A, point.z)).unsqueeze(-1))
+    dz, nu = dz.squeeze(-1), point.nu + dnu.squeeze(-1)
     change = matvec(data.G, dz) / s
     with torch.no_grad():
         approach, curvature = change, dot(dz, matvec(data.Q, dz))

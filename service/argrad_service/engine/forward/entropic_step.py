@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 
 from argrad_service.engine.data import dot, inf_norm, matvec, take
-from argrad_service.engine.entropy import LARGEST_LOG
-
-SMALLEST_LOG = -708.0
-"""Log of an x that is zero."""
+from argrad_service.engine.entropy import LARGEST_LOG, SMALLEST_LOG
 
 NEWTON_STEPS = 30
 """Newton steps of one update at most; from the last iterate it takes one to three."""

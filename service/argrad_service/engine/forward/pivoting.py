@@ -11,12 +11,11 @@ start: not used.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from argrad.problems import Status
 from argrad_service.engine.data import Data
 from argrad_service.engine.finish import Guess
-from argrad_service.engine.forward import pdipm
+from argrad_service.engine.forward.fallback import fall_back
 from argrad_service.engine.forward.masked_pivoting import solve_masked
 from argrad_service.engine.options import OwnOptions, SolverOptions
 from argrad_service.engine.point import CODE, Point
@@ -39,10 +38,7 @@ def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # n
     if data.q.device.type == "cpu":
         return _solve_compiled(data, options)
     point, rest = solve_masked(data, options)
-    point.is_fallback = torch.zeros(data.B, dtype=torch.bool, device=rest.device)
-    point.is_fallback[rest] = True
-    if len(rest):
-        _fall_back(data, rest, point, options)
+    fall_back(data, rest, point, options)
     return point
 
 
@@ -54,7 +50,6 @@ def _solve_compiled(data: Data, options: SolverOptions) -> Point:
     solved = compiled.solve_batch(data, options.should_stop)
     is_solved, is_infeasible = solved.code == SOLVED, solved.code == INFEASIBLE
     status = torch.where(is_infeasible, CODE[Status.INFEASIBLE], CODE[Status.OPTIMAL])
-    is_fallback = ~(is_solved | is_infeasible)
     point = Point(
         active=solved.active,
         z=solved.z,
@@ -62,19 +57,10 @@ def _solve_compiled(data: Data, options: SolverOptions) -> Point:
         iterations=solved.steps,
         status=status,
         is_exact=is_solved,
-        is_fallback=is_fallback,
     )
     if bool(is_solved.all()):
         point.finished = compiled.finish(data, solved)
         return point
-    rest = torch.nonzero(is_fallback).squeeze(-1)
-    if len(rest):
-        _fall_back(data, rest, point, options)
+    rest = torch.nonzero(~(is_solved | is_infeasible)).squeeze(-1)
+    fall_back(data, rest, point, options)
     return point
-
-
-def _fall_back(data: Data, rest: Tensor, point: Point, options: SolverOptions) -> None:
-    """Let `pdipm` solve the problems named by rest."""
-    other = pdipm.solve(data.select(rest), options, None)
-    for name in ("active", "z", "y", "iterations", "status", "is_exact"):
-        getattr(point, name)[rest] = getattr(other, name)

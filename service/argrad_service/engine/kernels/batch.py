@@ -133,6 +133,7 @@ def solve_range(  # type: ignore[no-untyped-def]
     C,
     d,
     p,
+    is_ready,
     L,
     X,
     scale,
@@ -160,10 +161,12 @@ def solve_range(  # type: ignore[no-untyped-def]
         C: `(1 or B, r, n)`, equalities first.
         d: `(B, r)`.
         p: Number of equalities.
+        is_ready: Whether L, X, scale and T are there already for every problem.
         L: `(1 or B, n, n)`, gets factors of Q; a shared one is there already.
         X: `(1 or B, r, n)`, gets the scaled rows of C L⁻ᵀ; shared ones are there already.
         scale: `(1 or B, r)`, likewise.
-        T: `(r, r)` Gram matrix where X is shared, `(0, 0)` elsewhere.
+        T: `(1 or B, r, r)`, gets the Gram matrices of X where there is block pivoting; a shared one is there already.
+            `(0, 0, 0)` where none is wanted.
         S: `(B, K, K)`, gets factors of the active sets.
         index: `(B, K)`, gets the active rows.
         count: `(B,)`, gets their numbers.
@@ -180,21 +183,20 @@ def solve_range(  # type: ignore[no-untyped-def]
     c, s, half_q, multipliers = np.empty(r), np.empty(r), np.empty(n), np.empty(r + 1)
     r1, r2, scratch = np.empty(n), np.empty(K), np.empty((3, max(K, n)))
     takes_pivots = r <= n
-    own_gram = np.empty((r, r)) if takes_pivots and X.shape[0] > 1 else np.empty((0, 0))
+    own_gram = np.empty((r, r)) if takes_pivots and X.shape[0] > 1 and T.shape[0] == 0 else np.empty((0, 0))
     for b in range(start, stop):
         Q_b, C_b = Q[b if Q.shape[0] > 1 else 0], C[b if C.shape[0] > 1 else 0]
         L_b, x = L[b if L.shape[0] > 1 else 0], b if X.shape[0] > 1 else 0
         X_b, scale_b = X[x], scale[x]
         count[b], steps[b] = 0, 0
-        if L.shape[0] > 1 and not factor_hessian(lapack, Q_b, L_b, work):
+        if L.shape[0] > 1 and not is_ready and not factor_hessian(lapack, Q_b, L_b, work):
             code[b] = NOT_DEFINITE
             continue
-        gram_b = T
-        if X.shape[0] > 1:
+        gram_b = T[x] if T.shape[0] > 0 else own_gram
+        if X.shape[0] > 1 and not is_ready:
             whiten(lapack, L_b, C_b, X_b, scale_b, work)
             if takes_pivots:
-                full_gram(lapack, X_b, own_gram, work)
-            gram_b = own_gram
+                full_gram(lapack, X_b, gram_b, work)
         half_q[:] = q[b]
         solve_lower(lapack, L_b, n, half_q, work)
         for i in range(r):
