@@ -1,4 +1,4 @@
-"""`make bench-serving`: a training step through argrad's service, through Tesseract and in process, in turns."""
+"""`make bench-serving`: a training step through argrad, through Tesseract and in process; then many callers at once."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from torch import Tensor
 import argrad
 from benchmarks.machine import ROOT, circumstances, load
 from benchmarks.measures import elapsed_ms
+from benchmarks.serving import callers
 from benchmarks.workloads import Workload, optnet, two_variables
 from examples.with_service import free_port
 
@@ -54,11 +55,12 @@ def main(arguments: list[str]) -> int:
                 "Tesseract": _tesseract_step(workload, served),
             }
             results["steps"].append(_time(workload, steps, block=block, blocks=blocks))
+    results["callers"] = callers.measure(seed, seconds=1.0 if options.quick else 5.0, rounds=1 if options.quick else 5)
     results["machine"]["load_at_end"] = load()
     target = options.out or _default_target(results)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=1) + "\n")
-    print(render(results))
+    print(render(results) + "\n\n" + callers.render(results["callers"]))
     print(f"written to {target}", file=sys.stderr)
     return 0
 

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from argrad.wire.messages import JvpReply, JvpRequest, SolveReply, SolveRequest, TensorMap, VjpReply, VjpRequest
+from argrad.wire.messages import (
+    JvpReply,
+    JvpRequest,
+    RegisteredReply,
+    RegisterRequest,
+    SolveReply,
+    SolveRequest,
+    TensorMap,
+    VjpReply,
+    VjpRequest,
+)
 
 ENTRY_POINT_GROUP = "argrad.backends"
 """Entry points of this group are callables without arguments that return a Backend; `local` is the engine."""
@@ -40,6 +50,10 @@ class Backend(Protocol):
 
     def jvp(self, request: JvpRequest, tensors: TensorMap, call: Call) -> tuple[JvpReply, TensorMap]:
         """POST /v1/jvp."""
+        ...
+
+    def register(self, request: RegisterRequest, tensors: TensorMap, call: Call) -> tuple[RegisteredReply, TensorMap]:
+        """PUT /v1/problems/{sha256}; the digest is `request.problem.registered`."""
         ...
 
     def release(self, states: Sequence[str]) -> None:

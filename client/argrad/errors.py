@@ -11,6 +11,7 @@ ArgradError
 └── ServiceError            the service answered, but not with a result
 ├── AuthenticationError     send an API key (401)
 ├── StateGoneError          send problem and solution again (409; the client does so by itself)
+├── ProblemGoneError        register the parameters again (409; the client does so by itself)
 ├── PayloadTooLargeError    send less, or raise the server's limit (413)
 ├── OverloadedError         wait `retry_after_s`, then call again (429)
 ├── UnavailableError        the service is starting or stopping: call again (503)
@@ -152,6 +153,10 @@ class AuthenticationError(ServiceError):
 
 class StateGoneError(ServiceError):
     """409 `state-gone`: the token is lost, foreign, forged or expired; send problem and solution."""
+
+
+class ProblemGoneError(ServiceError):
+    """409 `problem-gone`: nothing is registered under that digest, or no more; register it again."""
 
 
 class PayloadTooLargeError(ServiceError):

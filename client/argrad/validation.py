@@ -42,6 +42,8 @@ def validate(model: type[M], document: Mapping[str, Any], *, inside: str = "") -
         found, wanted = f"{len(first['input'])} entries", f"at most {first['ctx']['max_length']}"
     elif path[-1:] == ["options"] and first["type"] != "dict_type":
         wanted = "of each option a number, a string, a truth value or null"
+    if first["type"] == "string_pattern_mismatch":
+        wanted = f"text that matches {first['ctx']['pattern']}"
     for bound, sign in _BOUNDS.items():
         if bound in first.get("ctx", {}):
             wanted = f"a number {sign} {first['ctx'][bound]}"

@@ -28,10 +28,12 @@ from argrad_service.http.logs import Logger, make_logger
 from argrad_service.http.metrics import Metrics
 from argrad_service.http.problems import KINDS, answer
 from argrad_service.http.routes import add_routes
-from argrad_service.operations import Engine, Operations
+from argrad_service.operations import Operations
+from argrad_service.registered import Registrations
 from argrad_service.scheduling import Job, Pending, PendingLimits, Scheduler
 from argrad_service.settings import Settings, load_settings
-from argrad_service.state import MemoryStateStore, StateStore, TokenSigner
+from argrad_service.state import MemoryProblemStore, MemoryStateStore, ProblemStore, StateStore, TokenSigner
+from argrad_service.working import Engine
 
 _CODEC_THREADS = 2
 _STOP_TIMEOUT_S = 5.0
@@ -43,6 +45,7 @@ def create_app(
     *,
     engine: Engine = default_engine,
     store: StateStore | None = None,
+    problems: ProblemStore | None = None,
     log: Logger | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
@@ -52,8 +55,9 @@ def create_app(
         settings: From the environment by default.
         engine: Solves and differentiates.
         store: Keeps forward state; in memory by default.
+        problems: Keeps registered problems; in memory by default.
         log: Structured logger; by default to standard error as the settings say.
-        clock: Monotonic seconds, for the state store.
+        clock: Monotonic seconds, for both stores.
 
     Raises:
         SettingsError: a variable has a wrong value.
@@ -67,11 +71,25 @@ def create_app(
         signer=TokenSigner(settings.state_secret.get_secret_value()),
         clock=clock,
     )
-    scheduler = Scheduler(threads=settings.solver_threads, max_queue=settings.max_queue, stopped=(Stopped,))
+    problems = problems or MemoryProblemStore(
+        budget_bytes=settings.problem_budget_bytes, ttl_s=settings.problem_ttl_s, clock=clock
+    )
+    registrations = Registrations(problems, settings.limits())
+    budget = settings.batch_budget()
+    scheduler = Scheduler(
+        threads=settings.solver_threads, max_queue=settings.max_queue, stopped=(Stopped,), budget=budget
+    )
     pending = Pending(PendingLimits(calls=settings.max_pending, nbytes=settings.max_pending_bytes))
-    operations = Operations(engine=engine, store=store, limits=settings.limits(), device=device)
+    operations = Operations(
+        engine=engine,
+        store=store,
+        registrations=registrations,
+        limits=settings.limits(),
+        device=device,
+        budget=budget,
+    )
     readiness = Readiness(scheduler, store, str(device))
-    metrics = Metrics(scheduler=scheduler, pending=pending, store=store)
+    metrics = Metrics(scheduler=scheduler, pending=pending, store=store, problems=problems)
     codecs = ThreadPoolExecutor(_CODEC_THREADS, thread_name_prefix="argrad-codec")
     exchange = Exchange(settings, operations, scheduler, pending, codecs)
 
@@ -81,7 +99,7 @@ def create_app(
         unlimited = Operations(engine=engine, store=store, limits=Limits(), device=device)
         tasks = [
             asyncio.create_task(_warm_up(unlimited, scheduler, readiness, log)),
-            asyncio.create_task(_sweep(store)),
+            asyncio.create_task(_sweep(store, problems)),
         ]
         try:
             yield
@@ -93,6 +111,7 @@ def create_app(
             await asyncio.to_thread(scheduler.stop, _STOP_TIMEOUT_S)
             codecs.shutdown(wait=False, cancel_futures=True)
             store.clear()
+            problems.clear()
 
     app = Service(
         title="argrad",
@@ -104,7 +123,7 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.readiness = readiness
-    add_routes(app, exchange, readiness, metrics)
+    add_routes(app, exchange, registrations, readiness, metrics)
     app.add_middleware(Envelope, metrics=metrics, log=log)
     app.calls = Calls(app)
     app.lane = Envelope(app.calls, metrics=metrics, log=log)
@@ -149,8 +168,9 @@ def _solve_small(operations: Operations, solver: str, rows: int, _: Job[None]) -
     operations.prepare_solve(request, tensors, owner=OWNER)(never_stop, {})
 
 
-async def _sweep(store: StateStore) -> None:
-    """Free expired state even where nobody calls."""
+async def _sweep(*stores: StateStore | ProblemStore) -> None:
+    """Free what has expired even where nobody calls."""
     while True:
         await asyncio.sleep(_SWEEP_PERIOD_S)
-        store.sweep()
+        for store in stores:
+            store.sweep()

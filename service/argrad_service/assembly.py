@@ -11,7 +11,7 @@ from torch import Tensor
 
 from argrad.errors import ProblemError
 from argrad.problems import Adjoint, Form, Solution, Status, check_finite, check_names
-from argrad.wire.messages import FailedGradients, GradientOptions, ReportDocument, TensorMap
+from argrad.wire.messages import FailedGradients, GradientOptions, Precision, ReportDocument, TensorMap
 from argrad_service.engine.outcome import Backward, Outcome, Tangents
 
 Point = TypeVar("Point", Solution, Adjoint)
@@ -32,12 +32,15 @@ class Cotangent:
 
     Raises:
         ProblemError: a name or a shape does not fit.
+
+    Attributes:
+        checked: Canonical cotangents, for whoever asks for shapes.
     """
 
     def __init__(self, form: Form, given: Mapping[str, Tensor]) -> None:
         self._form, self._given = form, given
         self._needs_point = not _AT_A_POINT.isdisjoint(given)
-        self._checked = form.upstream(given, _placeholder(form) if self._needs_point else None)
+        self.checked = form.upstream(given, _placeholder(form) if self._needs_point else None)
         self._is_finite = all(math.isfinite(tensor.sum().item()) for tensor in given.values())
 
     def canonical(self, forward: Outcome) -> dict[str, Tensor]:
@@ -47,7 +50,7 @@ class Cotangent:
             ProblemError: a cotangent of a problem with a solution is not finite.
         """
         if self._is_finite and not self._needs_point:
-            return self._checked
+            return self.checked
         given = self._given if self._is_finite else self._cleaned(forward.status)
         return self._form.upstream(given, _on_caller(self._form, forward.solution))
 
@@ -176,3 +179,10 @@ def _zeroed(blocks: Mapping[str, Tensor], is_failed: Sequence[bool]) -> dict[str
 def _named(section: str, blocks: Mapping[str, Tensor], form: Form) -> TensorMap:
     device, dtype = form.problem.device, form.problem.dtype
     return {f"{section}.{name}": tensor.to(device=device, dtype=dtype) for name, tensor in blocks.items()}
+
+
+def in_precision(tensors: TensorMap, precision: Precision) -> TensorMap:
+    """Tensors of a reply in the precision in which they travel."""
+    if precision == "float64":
+        return tensors
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from argrad.problems import Form
+import torch
+
+from argrad.errors import ProblemError
+from argrad.problems import Form, Solution
 from argrad_service.engine.outcome import Outcome
 
 
@@ -42,3 +45,23 @@ class Kept:
 def versions_of(form: Form) -> tuple[int, ...]:
     """How often each of the caller's tensors was edited in place so far."""
     return tuple(t._version for t in form.parameters.values() if not t.is_inference())
+
+
+def warm_start_at(kept: Kept, form: Form) -> Solution:
+    """The solution of a state as where a solve of another problem begins; problems that failed begin at 0.
+
+    Args:
+        kept: The state; that its tensors were edited since does not matter.
+        form: The problem that is to be solved.
+
+    Raises:
+        ProblemError: the problem is of another form or other sizes.
+    """
+    found, wanted = ((type(f), f.batch_size, f.block_sizes) for f in (kept.form, form))
+    if found != wanted:
+        sizes = "a batch of {} with blocks of {}"
+        raise ProblemError("warm_start.state", sizes.format(*found[1:]), sizes.format(*wanted[1:]))
+    blocks = kept.form.solution(kept.forward.solution)
+    like = form.problem.q
+    finite = {name: torch.nan_to_num(t, 0.0, 0.0, 0.0).to(like) for name, t in blocks.items() if name != "s"}
+    return form.point(finite, section="warm_start")

@@ -7,22 +7,19 @@ HTTP and the in-process backend call the same two.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from argrad.errors import ProblemError
-from argrad.problems import QP, Form, Solution, parse
+from argrad.problems import Form, Solution, parse
 from argrad.wire.messages import (
     PROTOCOL,
-    DifferentiationDocument,
     JvpReply,
     JvpRequest,
-    Message,
+    Precision,
     ProblemDocument,
     SolverDocument,
     SolveReply,
@@ -32,73 +29,15 @@ from argrad.wire.messages import (
     VjpRequest,
 )
 from argrad_service import assembly
-from argrad_service.admission import Limits, Size, TooLarge, check_iterations, check_reply
-from argrad_service.engine.options import ShouldStop, SolverOptions, never_stop
-from argrad_service.engine.outcome import Backward, Outcome, Tangents
-from argrad_service.kept import Kept, versions_of
-from argrad_service.state import StateStore
-
-Timings = dict[str, float]
-Reply = TypeVar("Reply", bound=Message)
-Run = Callable[[ShouldStop, Timings], tuple[Reply, TensorMap]]
-"""The second half: solves. It asks the first argument whether to go on, and adds its stages to the second, in ms."""
-
-
-class Engine(Protocol):
-    """What the operations need of an engine; the module `argrad_service.engine` has it."""
-
-    def solve(
-        self,
-        problem: QP,
-        *,
-        solver: str = ...,
-        options: SolverOptions | None = ...,
-        warm_start: Solution | None = ...,
-        device: torch.device | None = ...,
-    ) -> Outcome:
-        """Solve a batch."""
-        ...
-
-    def at_point(
-        self,
-        problem: QP,
-        solution: Solution,
-        *,
-        options: SolverOptions | None = ...,
-        device: torch.device | None = ...,
-    ) -> Outcome:
-        """Take over a point that someone else computed."""
-        ...
-
-    def vjp(
-        self,
-        forward: Outcome,
-        upstream: Mapping[str, Tensor],
-        *,
-        method: str = ...,
-        options: Mapping[str, Any] | None = ...,
-    ) -> Backward:
-        """Form the adjoint."""
-        ...
-
-    def jvp(
-        self,
-        forward: Outcome,
-        tangents: Mapping[str, Tensor],
-        *,
-        method: str = ...,
-        options: Mapping[str, Any] | None = ...,
-    ) -> Tangents:
-        """Push tangents forward."""
-        ...
-
-    def solvers(self) -> list[dict[str, Any]]:
-        """Table of what can be solved and differentiated how."""
-        ...
-
-    def default_device(self) -> torch.device:
-        """A GPU where there is one."""
-        ...
+from argrad_service.admission import Limits, Size, check_iterations, check_reply
+from argrad_service.engine.options import ShouldStop
+from argrad_service.engine.outcome import Outcome
+from argrad_service.kept import Kept, versions_of, warm_start_at
+from argrad_service.registered import Named, Registrations
+from argrad_service.scheduling import Budget
+from argrad_service.solves import Solve, jvp, vjp
+from argrad_service.state import ProblemGone, StateStore
+from argrad_service.working import Engine, Run, Timings, options_of, stage
 
 
 class Operations:
@@ -109,10 +48,22 @@ class Operations:
         store: Keeps forward state.
         limits: Bounds on one call.
         device: Where problems are solved; replies come back on the device of the request's tensors.
+        registrations: Parameters that calls may name; None where nothing can be registered.
+        budget: Of a batch of several callers' problems; None where every call is solved alone, and in one piece.
     """
 
-    def __init__(self, *, engine: Engine, store: StateStore, limits: Limits, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        store: StateStore,
+        limits: Limits,
+        device: torch.device,
+        registrations: Registrations | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self._engine, self._store, self._limits, self._device = engine, store, limits, device
+        self._registrations, self._budget = registrations, budget
 
     def prepare_solve(
         self, request: SolveRequest, tensors: TensorMap, *, owner: str, is_json: bool = False
@@ -131,48 +82,35 @@ class Operations:
         Raises:
             ProblemError: a field is wrong.
             TooLarge: the problem, the work or the reply is over a limit.
+            StateGone: the token to begin at names no state.
+            ProblemGone: nothing is registered under the digest.
         """
         check_iterations(self._limits, request.solver.max_iterations)
         parameters, cotangents = _section(tensors, "problem"), _section(tensors, "upstream")
-        form = self._parse(request.problem, parameters)
+        form, registered = self._parse(request.problem, parameters, owner)
         versions = versions_of(form)
         wrt = assembly.wanted_gradients(request, form) if cotangents else []
         self._check_reply(form, wrt if request.gradients == "full" else [], cotangents, is_json)
+        cotangents = _widened(cotangents, form, request.precision)
         cotangent = assembly.Cotangent(form, cotangents) if cotangents else None
-        warm = _section(tensors, "warm_start")
-        start = form.point(warm, section="warm_start") if warm else None
+        start = self._start(form, request, _section(tensors, "warm_start"), owner)
         keep = request.keep_state if request.keep_state is not None else cotangent is None
 
-        def run(should_stop: ShouldStop, timings: Timings) -> tuple[SolveReply, TensorMap]:
-            with _stage(timings, "solve"):
-                forward = self._engine.solve(
-                    form.problem,
-                    solver=request.solver.name,
-                    options=_options(request.solver, should_stop),
-                    warm_start=start,
-                    device=self._device,
-                )
-                out = assembly.solved(form, forward)
-            backward = None
-            if cotangent is not None:
-                with _stage(timings, "differentiate"):
-                    backward = self._vjp(forward, cotangent, request.differentiation)
-                    out |= assembly.gradients(form, forward, backward, request, wrt)
-                    out |= assembly.measured(form, backward)
-            token = None
-            if keep:
-                kept = Kept(form, forward.stopped_by(never_stop), versions)
-                token = self._store.put(kept, nbytes=kept.nbytes, owner=owner)
-            reply = SolveReply(
-                status=assembly.per_problem(form, forward.status),
-                report=assembly.report(form, forward, backward),
-                gradient_status=assembly.gradient_status(form, backward),
-                state=token,
-                timings_ms=timings,
-            )
-            return reply, out
-
-        return run
+        return Solve(
+            engine=self._engine,
+            store=self._store,
+            device=self._device,
+            budget=self._budget,
+            request=request,
+            form=form,
+            versions=versions,
+            start=start,
+            cotangent=cotangent,
+            wrt=wrt,
+            keep=keep,
+            owner=owner,
+            registered=registered,
+        ).prepared()
 
     def prepare_vjp(
         self, request: VjpRequest, tensors: TensorMap, *, owner: str, is_json: bool = False
@@ -189,20 +127,21 @@ class Operations:
             ProblemError: a field is wrong.
             TooLarge: the problem, the work or the reply is over a limit.
             StateGone: the token names no state.
+            ProblemGone: nothing is registered under the digest.
         """
-        kept, form = self._place(request.state, request.problem, tensors, owner)
+        kept, form, registered = self._place(request.state, request.problem, tensors, owner)
         cotangents = _section(tensors, "upstream")
         if not cotangents:
             raise ProblemError("upstream", "nothing", "at least one cotangent, such as upstream.z")
         wrt = assembly.wanted_gradients(request, form)
         self._check_reply(form, wrt if request.gradients == "full" else [], cotangents, is_json)
-        cotangent = assembly.Cotangent(form, cotangents)
+        cotangent = assembly.Cotangent(form, _widened(cotangents, form, request.precision))
         place = kept or form.point(_section(tensors, "solution"))
 
         def run(should_stop: ShouldStop, timings: Timings) -> tuple[VjpReply, TensorMap]:
-            with _stage(timings, "differentiate"):
-                forward = self._forward(form, place, request.solver, should_stop)
-                backward = self._vjp(forward, cotangent, request.differentiation)
+            with stage(timings, "differentiate"):
+                forward = self._forward(form, place, request.solver, should_stop, registered)
+                backward = vjp(self._engine, forward, cotangent.canonical(forward), request.differentiation)
                 out = assembly.measured(form, backward) if kept else assembly.report_tensors(form, forward, backward)
                 out |= assembly.gradients(form, forward, backward, request, wrt)
             reply = VjpReply(
@@ -210,7 +149,7 @@ class Operations:
                 gradient_status=assembly.gradient_status(form, backward),
                 timings_ms=timings,
             )
-            return reply, out
+            return reply, assembly.in_precision(out, request.precision)
 
         return run
 
@@ -229,20 +168,21 @@ class Operations:
             ProblemError: a field is wrong.
             TooLarge: the problem, the work or the reply is over a limit.
             StateGone: the token names no state.
+            ProblemGone: nothing is registered under the digest.
         """
-        kept, form = self._place(request.state, request.problem, tensors, owner)
+        kept, form, registered = self._place(request.state, request.problem, tensors, owner)
         given = _section(tensors, "tangents")
         if not given:
             raise ProblemError("tangents", "nothing", "at least one tangent, such as tangents.q")
         self._check_reply(form, [], {}, is_json)
-        canonical = form.tangents(given)
+        canonical = form.tangents(_widened(given, form, request.precision))
         place = kept or form.point(_section(tensors, "solution"))
 
         def run(should_stop: ShouldStop, timings: Timings) -> tuple[JvpReply, TensorMap]:
-            with _stage(timings, "differentiate"):
-                forward = self._forward(form, place, request.solver, should_stop)
+            with stage(timings, "differentiate"):
+                forward = self._forward(form, place, request.solver, should_stop, registered)
                 method = request.differentiation
-                tangents = self._engine.jvp(forward, canonical, method=method.method, options=method.options)
+                tangents = jvp(self._engine, forward, canonical, method)
                 out = assembly.measured(form, tangents) if kept else assembly.report_tensors(form, forward, tangents)
                 out |= assembly.tangents(form, forward, tangents, request.failed_gradients)
             reply = JvpReply(
@@ -250,7 +190,7 @@ class Operations:
                 gradient_status=assembly.gradient_status(form, tangents),
                 timings_ms=timings,
             )
-            return reply, out
+            return reply, assembly.in_precision(out, request.precision)
 
         return run
 
@@ -266,63 +206,76 @@ class Operations:
         """The engine's table of solvers and methods, and where it solves."""
         return {"protocol": PROTOCOL, "device": str(self._device), "solvers": self._engine.solvers()}
 
-    def _parse(self, document: ProblemDocument, parameters: dict[str, Tensor]) -> Form:
+    def _start(self, form: Form, request: SolveRequest, blocks: dict[str, Tensor], owner: str) -> Solution | None:
+        """Where a solve begins: at tensors of the request, or at the solution that a token stands for."""
+        token = None if request.warm_start is None else request.warm_start.state
+        if token is None:
+            return form.point(blocks, section="warm_start") if blocks else None
+        if blocks:
+            raise ProblemError("warm_start.state", "a token beside tensors", "one of the two")
+        kept: Kept = self._store.get(token, owner=owner)
+        return warm_start_at(kept, form)
+
+    def _parse(self, document: ProblemDocument, parameters: dict[str, Tensor], owner: str) -> tuple[Form, Named | None]:
+        """The problem of a call, with the registered parameters that it names."""
+        registered = None
+        if document.registered is not None:
+            if self._registrations is None:
+                raise ProblemGone
+            registered = self._registrations.find(document, parameters, owner=owner)
+        known = {} if registered is None else registered.registration.tensors
+        parameters |= known
         Size.of(parameters).check(self._limits)
-        return parse(document.kind, parameters)
+        return parse(document.kind, parameters, trusted=known), registered
 
     def _place(
         self, state: str | None, document: ProblemDocument | None, tensors: TensorMap, owner: str
-    ) -> tuple[Kept | None, Form]:
+    ) -> tuple[Kept | None, Form, Named | None]:
         """Where to differentiate: what a token stands for, or the problem in the request."""
         parameters = _section(tensors, "problem")
         if state is None:
-            if not parameters:
+            document = document or ProblemDocument()
+            if not parameters and document.registered is None:
                 raise ProblemError("state", "nothing", "a state token, or problem.* and solution.*")
-            return None, self._parse(document or ProblemDocument(), parameters)
-        if parameters or _section(tensors, "solution"):
+            return None, *self._parse(document, parameters, owner)
+        if parameters or (document is not None and document.registered) or _section(tensors, "solution"):
             raise ProblemError("state", "a token beside problem.* or solution.*", "one of the two")
         kept: Kept = self._store.get(state, owner=owner)
         if not kept.is_current:
             self._store.delete(state, owner=owner)
             kept = self._store.get(state, owner=owner)  # raises: gone
-        return kept, kept.form
+        return kept, kept.form, None
 
     def _check_reply(self, form: Form, wrt: list[str], cotangents: dict[str, Tensor], is_json: bool) -> None:
         size, count = Size.of(form.parameters), assembly.cotangent_count(form, cotangents)
         check_reply(self._limits, size, form.parameters, wrt=wrt, cotangents=count, is_json=is_json)
 
-    def _forward(self, form: Form, place: Kept | Solution, solver: SolverDocument, should_stop: ShouldStop) -> Outcome:
+    def _forward(
+        self,
+        form: Form,
+        place: Kept | Solution,
+        solver: SolverDocument,
+        should_stop: ShouldStop,
+        registered: Named | None,
+    ) -> Outcome:
         if isinstance(place, Kept):
             return place.forward.stopped_by(should_stop)
-        return self._engine.at_point(form.problem, place, options=_options(solver, should_stop), device=self._device)
+        return self._engine.at_point(
+            form.problem,
+            place,
+            options=options_of(solver, should_stop),
+            device=self._device,
+            prepared=None if registered is None else registered.prepared,
+        )
 
-    def _vjp(
-        self, forward: Outcome, cotangent: assembly.Cotangent, differentiation: DifferentiationDocument
-    ) -> Backward:
-        upstream, own = cotangent.canonical(forward), differentiation.options
-        return self._engine.vjp(forward, upstream, method=differentiation.method, options=own)
+
+def _widened(directions: dict[str, Tensor], form: Form, precision: Precision) -> dict[str, Tensor]:
+    """Cotangents or tangents that may have travelled in float32, in the problem's dtype."""
+    if precision == "float64":
+        return directions
+    return {name: tensor.to(form.problem.q.dtype) for name, tensor in directions.items()}
 
 
 def _section(tensors: Mapping[str, Tensor], section: str) -> dict[str, Tensor]:
     prefix = section + "."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _options(solver: SolverDocument, should_stop: ShouldStop) -> SolverOptions:
-    return SolverOptions(
-        tolerance=solver.tolerance,
-        max_iterations=solver.max_iterations,
-        should_stop=should_stop,
-        own=solver.options,
-    )
-
-
-@contextmanager
-def _stage(timings: Timings, name: str) -> Iterator[None]:
-    """Time a stage; memory that runs out is the call's size, not a defect."""
-    began = time.perf_counter()
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise TooLarge("memory of the device", "less than this call needs", "fewer or smaller problems") from None
-    timings[name] = 1e3 * (time.perf_counter() - began)

@@ -20,11 +20,13 @@ import uvicorn
 
 from argrad._version import __version__
 from argrad.errors import ArgradError
+from argrad_service import engine as default_engine
 from argrad_service.app import choose_device, create_app
 from argrad_service.http.health import Readiness
 from argrad_service.http.logs import Forwarded, Logger, make_logger
 from argrad_service.http.protocol import GuardedProtocol
 from argrad_service.settings import Settings, default_text, flag, load_settings, variable
+from argrad_service.working import Engine
 
 _BACKLOG = 2048
 
@@ -71,8 +73,12 @@ def serve_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, engine: Engine = default_engine) -> None:
     """Run the service in this process until a signal ends it.
+
+    Args:
+        settings: All that an operator may choose.
+        engine: Solves and differentiates.
 
     Raises:
         ServeError: the address or the device cannot be had.
@@ -85,7 +91,7 @@ def serve(settings: Settings) -> None:
     if not settings.is_loopback:
         log.warning("no authentication", host=settings.host, advice="whoever reaches this address can use the service")
     with _listening(settings) as (listener, address), _stdlib_logs(log):
-        app = create_app(settings, log=log)
+        app = create_app(settings, engine=engine, log=log)
         config = uvicorn.Config(
             app,
             http=GuardedProtocol.with_timeout(settings.header_timeout_s),

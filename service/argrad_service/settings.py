@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from argrad.errors import ArgradError
 from argrad_service.admission import Limits
+from argrad_service.scheduling import Budget
 
 PREFIX = "ARGRAD_"
 _MIB = 1024**2
@@ -51,6 +52,21 @@ class Settings(BaseSettings):
     torch_threads: int = Field(0, ge=0, description="Threads of one torch operation; 0 leaves the choice to torch.")
     solver_threads: _Count = Field(
         1, description="Calls that are solved at the same time. One call already uses every torch thread."
+    )
+
+    batching: bool = Field(
+        True,
+        description="Whether calls that wait for the solver are solved together, as far as their problems are alike.",
+    )
+    batch_flops: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1e8,
+        description="Most floating-point operations of one Newton step of a batch, padding included; a single call of "
+        "more than 8 times as many is solved in slices.",
+    )
+    batch_bytes: _Bytes = Field(
+        ByteSize(_GIB),
+        description="Most memory of the solver for one batch, estimated as for the largest call; a single call "
+        "that needs more is solved in slices.",
     )
 
     max_body_bytes: _Bytes = Field(ByteSize(512 * _MIB), description="Largest request body; above it 413.")
@@ -115,6 +131,14 @@ class Settings(BaseSettings):
         "factorisation, never an answer.",
     )
     state_ttl_s: _Seconds = Field(900.0, description="Seconds after its last use for which forward state is kept.")
+    problem_budget_bytes: Annotated[ByteSize, Field(ge=0)] = Field(
+        ByteSize(_GIB),
+        description="Memory for registered problems and what solving them leaves for the next time; the least recently "
+        "used goes first. A lost one is registered again by its client.",
+    )
+    problem_ttl_s: _Seconds = Field(
+        3600.0, description="Seconds after its last use for which a registered problem is kept."
+    )
     state_secret: SecretStr = Field(
         default_factory=lambda: SecretStr(secrets.token_urlsafe(32)),
         min_length=16,
@@ -133,6 +157,10 @@ class Settings(BaseSettings):
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the service."""
         return self.uds is not None or self.host in {"localhost", "::1"} or self.host.startswith("127.")
+
+    def batch_budget(self) -> Budget | None:
+        """How much is solved together; None without batching."""
+        return Budget(flops=self.batch_flops, nbytes=int(self.batch_bytes)) if self.batching else None
 
     def limits(self) -> Limits:
         """The bounds on one call: what is named `max_*` here and has a place there."""

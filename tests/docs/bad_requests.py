@@ -12,6 +12,8 @@ import httpx
 
 JSON = {"content-type": "application/json"}
 BINARY = {"content-type": "application/x-safetensors", "accept": "application/json"}
+IDENTITY = "c076fa58f1e82c8437b00651ef0b8d465d414ab71872151dcf351a170999a69d"
+"""Digest of Q = [[1, 0], [0, 1]]."""
 Send = Callable[[httpx.Client], httpx.Response]
 
 
@@ -79,6 +81,22 @@ def expanded(client: httpx.Client) -> httpx.Response:
     return binary(lines, bytes(begin))(client)
 
 
+def put(digest: str, given: dict[str, Any]) -> Send:
+    """PUT /v1/problems/{sha256} with a JSON body."""
+    body = json.dumps({"problem": given})
+    return lambda client: client.put(f"/v1/problems/{digest}", content=body, headers=JSON)
+
+
+def with_registered(given: dict[str, Any]) -> Send:
+    """POST /v1/solve that names the identity as Q, registered just before."""
+
+    def send(client: httpx.Client) -> httpx.Response:
+        assert put(IDENTITY, {"Q": [[1, 0], [0, 1]]})(client).status_code in (200, 201)
+        return solve({"problem": {"registered": IDENTITY, **given}})(client)
+
+    return send
+
+
 def forged(client: httpx.Client) -> httpx.Response:
     """A token that is well formed, with a signature that another key would make."""
     mine = solve({"problem": problem()})(client).json()["state"]
@@ -120,6 +138,13 @@ REQUESTS: dict[str, Send] = {
     "upstream of the wrong shape": solve({"problem": problem(), "upstream": {"z": [1, 0, 0]}}),
     "unknown state token": vjp({"state": "bm8gc3VjaCB0b2tlbg", "upstream": {"z": [1, 0]}}),
     "forged token, or another server's": forged,
+    "digest under which nothing is registered": solve({"problem": {"registered": "0" * 64, "q": [1, 1]}}),
+    "digest that is no digest": solve({"problem": {"registered": "A1B2", "q": [1, 1]}}),
+    "parameter sent and registered": with_registered({"Q": [[1, 0], [0, 1]], "q": [1, 1]}),
+    "registered as another kind": with_registered({"kind": "qp_two_sided", "q": [1, 1]}),
+    "registration under another digest": put("0" * 64, {"Q": [[1, 0], [0, 1]]}),
+    "registration of NaN": put("0" * 64, {"q": [1, "NaN"]}),
+    "registration of nothing": put("0" * 64, {}),
     "truncated JSON": lambda c: c.post("/v1/solve", content=b'{"problem": {"Q": [[1, 0', headers=JSON),
     "JSON body over its limit": lambda c: c.post("/v1/solve", content=b" " * (2 * 1024**2 + 1), headers=JSON),
     "JSON of brackets": lambda c: c.post("/v1/solve", content=b'{"q": ' + b"[" * 300_000, headers=JSON),

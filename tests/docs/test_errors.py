@@ -46,8 +46,10 @@ def test_every_kind_of_error_has_a_row_with_the_clients_exception():
     rows = table("docs/errors.md", "HTTP errors")
     said = {}
     for codes, (types, _, exception, _) in rows.items():
-        for code, kind in zip(codes.split(", "), types.split(", "), strict=True):
-            said[kind.strip("`")] = (int(code), exception.strip("`"))
+        kinds, errors = types.split(", "), exception.split(", ")
+        errors = errors if len(errors) == len(kinds) else errors * len(kinds)
+        for code, kind, error in zip(codes.split(", "), kinds, errors, strict=True):
+            said[kind.strip("`")] = (int(code), error.strip("`"))
     for kind in {*KINDS.values(), INTERNAL}:
         assert said[kind.type][0] == kind.status
     for kind, error in ERROR_BY_TYPE.items():

@@ -57,6 +57,9 @@ async def test_every_example_is_true(client: httpx.AsyncClient, path: str, name:
     if "state" in shown:
         solved = await client.post("/v1/solve", json=examples.SOLVE["batch"].request)
         shown = copy.deepcopy(shown) | {"state": solved.json()["state"]}
+    if "registered" in shown.get("problem", {}):
+        registered = await client.put(f"/v1/problems/{examples.REGISTERED}", json=examples.REGISTER.request)
+        assert (registered.status_code, registered.json()) == (201, examples.REGISTER.reply)
     response = await client.post(path, json=shown)
     assert response.status_code == 200, response.text
     check_like(response.json(), promised)
@@ -72,6 +75,7 @@ async def test_openapi_describes_every_route_and_resolves(client: httpx.AsyncCli
         "/v1/vjp",
         "/v1/jvp",
         "/v1/states/{token}",
+        "/v1/problems/{sha256}",
         "/v1/solvers",
         "/health/live",
         "/health/ready",
@@ -80,7 +84,8 @@ async def test_openapi_describes_every_route_and_resolves(client: httpx.AsyncCli
     for reference in re.findall(r'"\$ref":\s*"#/components/schemas/(\w+)"', json.dumps(document)):
         assert reference in document["components"]["schemas"]
     problem = document["components"]["schemas"]["ProblemDocument"]
-    assert {"kind", "Q", "q", "G", "h", "A", "b", "lb", "ub", "entropy", "P", "l", "u"} == set(problem["properties"])
+    parameters = {"Q", "q", "G", "h", "A", "b", "lb", "ub", "entropy", "P", "l", "u"}
+    assert set(problem["properties"]) == {"kind", "registered"} | parameters
     types = document["components"]["schemas"]["Problem"]["properties"]["type"]["enum"]
     assert set(types) == {kind.type for kind in (*KINDS.values(), INTERNAL)}
     assert {"400", "409", "413", "422", "429", "504"} <= set(document["paths"]["/v1/vjp"]["post"]["responses"])

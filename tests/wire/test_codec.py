@@ -35,6 +35,7 @@ from argrad.wire.messages import (
     SolveRequest,
     VjpReply,
     VjpRequest,
+    WarmStartDocument,
 )
 
 
@@ -45,9 +46,12 @@ def full(*shape: int) -> torch.Tensor:
 REPORT = ReportDocument(solver="pdipm", method="kkt", flags=[["degenerate"], []])
 MESSAGES: dict[str, tuple[Message, dict[str, torch.Tensor]]] = {
     "solve": (
-        SolveRequest(solver=SolverDocument(tolerance=1e-6), wrt=["q", "b"], keep_state=False),
+        SolveRequest(
+            solver=SolverDocument(tolerance=1e-6), wrt=["q", "b"], keep_state=False, warm_start=WarmStartDocument()
+        ),
         {"problem.Q": full(2, 2), "problem.q": full(3, 2), "upstream.z": full(3, 2), "warm_start.z": full(3, 2)},
     ),
+    "solve-warm": (SolveRequest(warm_start=WarmStartDocument(state="token")), {"problem.q": full(3, 2)}),
     "solve-two-sided": (
         SolveRequest(problem=ProblemDocument(kind="qp_two_sided")),
         {"problem.P": full(2, 2), "problem.u": torch.tensor([torch.inf, 1.0], dtype=torch.float64)},

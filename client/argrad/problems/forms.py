@@ -8,7 +8,7 @@ sparse_qp      a single qp without bounds whose matrices are CSR triplets (see `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -28,12 +28,13 @@ _DIMENSIONS = {"qp": BOUNDED, "qp_two_sided": TWO_SIDED}
 _SIDES = {"lb", "ub", "l", "u"}
 
 
-def parse(kind: str, tensors: Mapping[str, Tensor]) -> Form:
+def parse(kind: str, tensors: Mapping[str, Tensor], *, trusted: Collection[str] = ()) -> Form:
     """Check a problem, values included, and bring it into the canonical form.
 
     Args:
         kind: `qp` with Q q G h A b lb ub entropy, `qp_two_sided` with P q A l u, or `sparse_qp`.
         tensors: Parameters by name, of which only q must be there; without Q (P) it is a linear program.
+        trusted: Those whose values were checked before, and are not looked at again but for the order of bounds.
 
     Returns:
         The problem in the caller's form, with its canonical QP.
@@ -58,11 +59,16 @@ def parse(kind: str, tensors: Mapping[str, Tensor]) -> Form:
         form, parameters = TwoSidedQP, check_two_sided(given)
         canonical, row_map = split_rows(parameters)
     for name, tensor in parameters.items():
-        if name == "h":
-            check_finite("problem.h", tensor, "finite numbers or +inf", allowing=float("inf"))
-        elif name == "entropy":
-            check_positive("problem.entropy", tensor)
-        elif name not in _SIDES:
-            check_finite(f"problem.{name}", tensor)
+        if name not in trusted:
+            _check_values(name, tensor)
     problem = QP.of_checked(canonical._asdict()) if row_map.size == 0 else QP(**canonical._asdict())
     return form(parameters=parameters, problem=problem, row_map=row_map)
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    if name == "h":
+        check_finite("problem.h", tensor, "finite numbers or +inf", allowing=float("inf"))
+    elif name == "entropy":
+        check_positive("problem.entropy", tensor)
+    elif name not in _SIDES:
+        check_finite(f"problem.{name}", tensor)

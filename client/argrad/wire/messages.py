@@ -23,9 +23,15 @@ TensorMap = dict[str, Tensor]
 
 Gradients = Literal["full", "adjoint"]
 FailedGradients = Literal["nan", "zero"]
+Precision = Literal["float64", "float32"]
+"""In what the floats of a reply travel; with `float32`, cotangents and tangents may be sent so too."""
 
 Section = Mapping[str, frozenset[str]]
 _TENSORS_ONLY: frozenset[str] = frozenset()
+_PROBLEM_FIELDS = frozenset({"kind", "registered"})
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 in hexadecimal, lower case: `argrad.problems.content` defines what of."""
 
 OwnOptions = Annotated[dict[str, bool | int | float | str | None], Field(max_length=32)]
 """Options of one solver or one method, by name; the engine checks them."""
@@ -46,9 +52,14 @@ class ProblemDocument(Message):
 
     `qp` takes Q q G h A b, the bounds lb ub and an entropy; `qp_two_sided` takes P q A l u. Without Q, or P, it is an
     LP. `sparse_qp` takes q h b, and each of Q G A as `_indptr`, `_indices` and `_values`, its CSR triplet.
+
+    Args:
+        kind: Form of the problem.
+        registered: Digest of parameters that were registered; they join those that are sent.
     """
 
     kind: Literal["qp", "qp_two_sided", "sparse_qp"] = "qp"
+    registered: Digest | None = None
 
 
 class SolverDocument(Message):
@@ -96,25 +107,45 @@ class GradientOptions(Message):
     failed_gradients: FailedGradients = "nan"
 
 
+class WarmStartDocument(Message):
+    """`warm_start`: where the solver begins.
+
+    Args:
+        state: Token of an earlier solve of problems of these sizes; its solution needs not travel then.
+    """
+
+    state: str | None = None
+
+
 class SolveRequest(GradientOptions):
-    """POST /v1/solve. Tensors: `problem.*`; optional `upstream.*` and `warm_start.*`."""
+    """POST /v1/solve. Tensors: `problem.*`; optional `upstream.*` and `warm_start.*`.
+
+    Args:
+        keep_state: Whether a token comes back; by default without `upstream`.
+        deterministic: Solve unpadded and alone: the same bits for the same call, whatever else is being solved.
+        warm_start: State of an earlier solve to begin at; or tensors.
+        precision: Of the floats of the reply; the problem is solved in float64 in either case.
+    """
 
     tensor_sections: ClassVar[Section] = {
-        "problem": frozenset({"kind"}),
+        "problem": _PROBLEM_FIELDS,
         "upstream": _TENSORS_ONLY,
-        "warm_start": _TENSORS_ONLY,
+        "warm_start": frozenset({"state"}),
     }
     protocol: Literal[1] = PROTOCOL
     problem: ProblemDocument = ProblemDocument()
     solver: SolverDocument = Field(default_factory=SolverDocument)
     keep_state: bool | None = None
+    deterministic: bool = False
+    warm_start: WarmStartDocument | None = None
+    precision: Precision = "float64"
 
 
 class VjpRequest(GradientOptions):
     """POST /v1/vjp. Tensors: `upstream.*`; without `state`, `problem.*` and `solution.*` too."""
 
     tensor_sections: ClassVar[Section] = {
-        "problem": frozenset({"kind"}),
+        "problem": _PROBLEM_FIELDS,
         "solution": _TENSORS_ONLY,
         "upstream": _TENSORS_ONLY,
     }
@@ -122,13 +153,14 @@ class VjpRequest(GradientOptions):
     state: str | None = None
     problem: ProblemDocument | None = None
     solver: SolverDocument = Field(default_factory=SolverDocument)
+    precision: Precision = "float64"
 
 
 class JvpRequest(Message):
     """POST /v1/jvp. Tensors: `tangents.*`; without `state`, `problem.*` and `solution.*` too."""
 
     tensor_sections: ClassVar[Section] = {
-        "problem": frozenset({"kind"}),
+        "problem": _PROBLEM_FIELDS,
         "solution": _TENSORS_ONLY,
         "tangents": _TENSORS_ONLY,
     }
@@ -138,6 +170,43 @@ class JvpRequest(Message):
     solver: SolverDocument = Field(default_factory=SolverDocument)
     differentiation: DifferentiationDocument = Field(default_factory=DifferentiationDocument)
     failed_gradients: FailedGradients = "nan"
+    precision: Precision = "float64"
+
+
+class RegisterRequest(Message):
+    """PUT /v1/problems/{sha256}. Tensors: `problem.*`, some or all parameters of a problem.
+
+    Args:
+        problem: Kind of the problem; `registered` may repeat the digest.
+    """
+
+    tensor_sections: ClassVar[Section] = {"problem": _PROBLEM_FIELDS}
+    protocol: Literal[1] = PROTOCOL
+    problem: ProblemDocument = ProblemDocument()
+
+
+class TensorDocument(Message):
+    """What a registered tensor is like: dtype as the binary form spells it, and shape."""
+
+    dtype: str
+    shape: list[int]
+
+
+class RegisteredReply(Message):
+    """Reply of PUT and GET /v1/problems/{sha256}: what is registered, without its numbers.
+
+    Args:
+        kind: Form of the problem.
+        registered: The digest.
+        nbytes: Bytes of the tensors.
+        tensors: By name, without `problem.`
+    """
+
+    protocol: Literal[1] = PROTOCOL
+    kind: Literal["qp", "qp_two_sided", "sparse_qp"]
+    registered: Digest
+    nbytes: int
+    tensors: dict[str, TensorDocument]
 
 
 REPORT_NAMES = frozenset({"solver", "method", "flags"})

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+REGISTERED = "a1595c3d5bbce78ce2e50a896d75c9f9ff91db8f5912ecfd7ca6dde578b3c2b6"
+"""Digest of Q, G and h of the batch below."""
+
 STATE = "dGhlIHN0YXRlIG9mIGFuIGV4YW1wbGUsIG5vIG9u"
 """Stands for a token; the test puts a live one in its place."""
 
@@ -38,6 +41,14 @@ _SIMPLEX = {
     "h": [0.0, 0.0],
 }
 _SIMPLEX_POINT = {"z": [0.25, 0.75], "nu": [-2.75], "lam": [0.0, 0.0], "s": [0.25, 0.75]}
+# min −2z₁ − z₂ over z₁ + z₂ = 3, z₁ ≤ 1, z₂ ≤ 3, z₁ ≥ −1. The vertex has z₁ = h₁ and z₂ = b − h₁.
+_VERTEX = {
+    "q": [-2.0, -1.0],
+    "A": [[1.0, 1.0]],
+    "b": [3.0],
+    "G": [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]],
+    "h": [1.0, 3.0, 1.0],
+}
 # Projection on z ≥ 0: z = max(−q, 0), λ = max(q, 0).
 _PROJECTION = {
     "Q": [[1.0, 0.0], [0.0, 1.0]],
@@ -101,6 +112,82 @@ SOLVE = {
             "timings_ms": {"read": 0.1, "decode": 0.1, "queue": 0.1, "solve": 2.0},
         },
     ),
+    "registered": Example(
+        "One more problem with the same Q, G and h, registered before (PUT /v1/problems/{sha256})",
+        {"problem": {"kind": "qp", "registered": REGISTERED, "q": [1.0, -1.0]}, "keep_state": False},
+        {
+            "protocol": 1,
+            "status": "optimal",
+            "solution": {"z": [0.0, 1.0], "nu": [], "lam": [1.0, 0.0], "s": [0.0, 1.0]},
+            "report": {"solver": "pivoting", "flags": []},
+            "timings_ms": {"read": 0.1, "decode": 0.1, "queue": 0.1, "solve": 2.0},
+        },
+    ),
+    "linear program": Example(
+        "A linear program: Q is absent. The vertex (1, 2) does not move with q; ∂b and ∂h are exact",
+        {
+            "problem": _VERTEX,
+            "upstream": {"z": [1.0, 0.0]},
+            "wrt": ["q", "b", "h"],
+        },
+        {
+            "protocol": 1,
+            "status": "optimal",
+            "solution": {"z": [1.0, 2.0], "nu": [1.0], "lam": [1.0, 0.0, 0.0], "s": [0.0, 1.0, 2.0]},
+            "report": {"solver": "pdipm", "method": "kkt", "flags": [], "gap": 0.0, "objective": -4.0},
+            "gradient_status": "ok",
+            "gradients": {"q": [0.0, 0.0], "b": [0.0], "h": [1.0, 0.0, 0.0]},
+            "timings_ms": {"read": 0.1, "decode": 0.1, "queue": 0.1, "solve": 5.0, "differentiate": 0.5},
+        },
+    ),
+    "entropy": Example(
+        "An entropy τ Σ zᵢ log zᵢ, which implies z ≥ 0: softmax of −q, here of equal scores",
+        {
+            "problem": {"q": [0.0, 0.0], "A": [[1.0, 1.0]], "b": [1.0], "entropy": 1.0},
+            "upstream": {"z": [1.0, 0.0]},
+            "wrt": ["q", "entropy"],
+        },
+        {
+            "protocol": 1,
+            "status": "optimal",
+            "solution": {"z": [0.5, 0.5], "nu": [-0.3068528194400547], "lam": [], "s": []},
+            "report": {"solver": "pdipm", "method": "kkt", "flags": [], "gap": 0.0, "objective": -0.6931471805599453},
+            "gradient_status": "ok",
+            "gradients": {"q": [-0.25, 0.25], "entropy": 0.0},
+            "timings_ms": {"read": 0.1, "decode": 0.1, "queue": 0.1, "solve": 5.0, "differentiate": 0.5},
+        },
+    ),
+    "sparse": Example(
+        "The first problem with sparse matrices: rows' ends, columns and values; gradients on the pattern",
+        {
+            "problem": {
+                "kind": "sparse_qp",
+                "Q_indptr": [0, 2, 4],
+                "Q_indices": [0, 1, 0, 1],
+                "Q_values": [4.0, 1.0, 1.0, 2.0],
+                "q": [1.0, 1.0],
+                "A_indptr": [0, 2],
+                "A_indices": [0, 1],
+                "A_values": [1.0, 1.0],
+                "b": [1.0],
+                "G_indptr": [0, 1, 2],
+                "G_indices": [0, 1],
+                "G_values": [-1.0, -1.0],
+                "h": [0.0, 0.0],
+            },
+            "upstream": {"z": [1.0, 0.0]},
+            "wrt": ["Q_values", "b"],
+        },
+        {
+            "protocol": 1,
+            "status": "optimal",
+            "solution": _SIMPLEX_POINT,
+            "report": {"solver": "clarabel", "method": "kkt", "flags": [], "gap": 0.0, "objective": 1.875},
+            "gradient_status": "ok",
+            "gradients": {"Q_values": [-0.0625, -0.0625, -0.0625, 0.1875], "b": [0.25]},
+            "timings_ms": {"read": 0.1, "decode": 0.1, "queue": 0.1, "solve": 4.0, "differentiate": 0.9},
+        },
+    ),
     "infeasible": Example(
         "A verdict, not an error: z ≤ −1 and z ≥ 0",
         {
@@ -115,6 +202,22 @@ SOLVE = {
         },
     ),
 }
+
+REGISTER = Example(
+    "Q, G and h of the batch above",
+    {"problem": {"kind": "qp", **{name: _PROJECTION[name] for name in ("Q", "G", "h")}}},
+    {
+        "protocol": 1,
+        "kind": "qp",
+        "registered": REGISTERED,
+        "nbytes": 80,
+        "tensors": {
+            "Q": {"dtype": "F64", "shape": [2, 2]},
+            "G": {"dtype": "F64", "shape": [2, 2]},
+            "h": {"dtype": "F64", "shape": [2]},
+        },
+    },
+)
 
 VJP = {
     "state": Example(

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -28,13 +28,16 @@ from argrad.wire import (
 )
 from argrad.wire.messages import Message as Document
 from argrad.wire.messages import SolveReply, TensorMap
+from argrad_service.engine.options import ShouldStop
 from argrad_service.http.body import Body, read_body
 from argrad_service.http.problems import BadRequest, BodyTooSlow
 from argrad_service.http.record import Record
-from argrad_service.operations import Operations, Reply, Run
-from argrad_service.scheduling import DeadlinePassed, Job, Overloaded, Pending, Scheduler
+from argrad_service.operations import Operations
+from argrad_service.scheduling import DeadlinePassed, Job, Overloaded, Pending, Scheduler, Share
 from argrad_service.settings import Settings, variable
+from argrad_service.solves import Participant, Solve, solve_together
 from argrad_service.state import StateGone
+from argrad_service.working import Reply, Run, Timings
 
 INLINE_BYTES = 64 * 1024
 """A body up to this size is decoded, and a reply encoded, on the event loop: a change of threads would cost more."""
@@ -113,7 +116,8 @@ class Exchange:
                 timings["queue"] = 1e3 * job.queued_s
                 return run(job.should_stop, timings)
 
-            job = self.scheduler.submit(work, deadline=deadline, is_backward=is_backward)
+            share = _share(run, timings)
+            job = self.scheduler.submit(work, deadline=deadline, is_backward=is_backward, share=share)
             reply, tensors = await self.scheduler.result(job, lambda: _gone(request.receive))
             record.stages_ms.update(timings)
             nbytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -121,6 +125,38 @@ class Exchange:
         record.problems = _count_statuses(reply)
         record.reply_bytes = encoded_size(buffers)
         return _Buffers(buffers, record.reply_bytes, target)
+
+    async def receive(
+        self, request: Request, model: type[Asked], work: Callable[[Asked, TensorMap], T]
+    ) -> tuple[T, str]:
+        """Read a body, and do what takes no solver with it.
+
+        Args:
+            request: Its body is not read yet.
+            model: Document that the body must hold.
+            work: What is to be done; on a thread of its own if the body is large.
+
+        Returns:
+            What came of it, and the format in which to answer.
+
+        Raises:
+            Exception: whatever `http.problems.KINDS` lists.
+        """
+        headers, record = request.headers, Record.of(request.scope)
+        deadline = time.monotonic() + self._timeout_s(headers)
+        source = body_format(headers.get("content-type"))
+        _check_encoding(headers)
+        target = reply_format(headers.get("accept"), default=source)
+        self._release(headers)
+        with self._counted() as reserve:
+            body = await self._read(request, source, deadline, reserve)
+            record.stages_ms["read"] = record.elapsed_ms
+            record.request_bytes = len(body)
+
+            def worked() -> T:
+                return work(*decode(model, body, source, limits=self._json_limits))
+
+            return await self._stage(record, "decode", len(body), worked), target
 
     @property
     def _json_limits(self) -> JsonLimits:
@@ -201,6 +237,27 @@ class Exchange:
             result = await asyncio.get_running_loop().run_in_executor(self.codecs, work)
         record.stages_ms[name] = 1e3 * (time.perf_counter() - began)
         return result
+
+
+def _share(run: Run[Reply], timings: Timings) -> Share[tuple[Reply, TensorMap]] | None:
+    """How a call may be solved together with others'."""
+    if not isinstance(run, Solve) or run.lot is None or run.lot.key is None:
+        return None
+    lot, item = run.lot, (run, timings)
+    return Share(key=lot.key, flops=lot.flops, nbytes=lot.nbytes, item=item, together=_together)
+
+
+def _together(jobs: Sequence[Job[Any]], should_stop: ShouldStop) -> list[Any]:
+    """Solve several calls as one batch; those whose callers left meanwhile have lost their `share`."""
+    shares = [job.share for job in jobs]
+    participants = []
+    for job, share in zip(jobs, shares, strict=True):
+        if share is not None:
+            solve, timings = share.item
+            timings["queue"] = 1e3 * job.queued_s
+            participants.append(Participant(solve=solve, timings=timings, has_left=job.should_stop))
+    answers = iter(solve_together(participants, should_stop))
+    return [None if share is None else next(answers) for share in shares]
 
 
 def _check_encoding(headers: Headers) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from argrad_service.http.record import Record
-from argrad_service.scheduling import Pending, Scheduler
-from argrad_service.state import StateStore
+from argrad_service.scheduling import SIZES, Pending, Scheduler
+from argrad_service.state import ProblemStore, StateStore
 
 _SECONDS = (
     0.0001,
@@ -47,9 +48,10 @@ class Metrics:
         scheduler: Asked for its state at each scrape, as are the next two.
         pending: Calls in the house.
         store: Forward state.
+        problems: Registered problems.
     """
 
-    def __init__(self, *, scheduler: Scheduler, pending: Pending, store: StateStore) -> None:
+    def __init__(self, *, scheduler: Scheduler, pending: Pending, store: StateStore, problems: ProblemStore) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "argrad_requests_total",
@@ -70,7 +72,7 @@ class Metrics:
         self._problems = Counter("argrad_problems_total", "Problems solved, by status.", ["status"], registry=registry)
         self._bytes = Counter("argrad_body_bytes_total", "Bytes of bodies.", ["route", "direction"], registry=registry)
         self._children: dict[tuple[object, ...], MetricWrapperBase] = {}
-        registry.register(_Scraped(scheduler, pending, store))
+        registry.register(_Scraped(scheduler, pending, store, problems))
 
     def count(self, route: str, status: int, record: Record) -> None:
         """Count a request that is over."""
@@ -101,12 +103,13 @@ class Metrics:
 class _Scraped(Collector):
     """What is read at each scrape instead of being counted along the way."""
 
-    def __init__(self, scheduler: Scheduler, pending: Pending, store: StateStore) -> None:
-        self._scheduler, self._pending, self._store = scheduler, pending, store
+    def __init__(self, scheduler: Scheduler, pending: Pending, store: StateStore, problems: ProblemStore) -> None:
+        self._scheduler, self._pending, self._store, self._registered = scheduler, pending, store, problems
 
     def collect(self) -> Iterator[Metric]:
         """The metrics of this moment."""
         solver, state = self._scheduler.health(), self._store.counts()
+        registered = self._registered.counts()
         for name, text, number in (
             ("argrad_queued_calls", "Calls that wait for the solver.", solver.queued),
             ("argrad_running_calls", "Calls that are being solved.", solver.running),
@@ -115,14 +118,39 @@ class _Scraped(Collector):
             ("argrad_pending_bytes", "Request bodies in memory.", self._pending.nbytes),
             ("argrad_state_entries", "Forward states kept.", state.entries),
             ("argrad_state_bytes", "Bytes of forward states kept.", state.held_bytes),
+            ("argrad_registered_entries", "Registered problems kept.", registered.entries),
+            ("argrad_registered_bytes", "Bytes of registered problems kept.", registered.held_bytes),
         ):
             yield GaugeMetricFamily(name, text, number)
         for name, text, number in (
+            ("argrad_dropped_calls", "Calls left out when their turn came: nobody waited any more.", solver.dropped),
             ("argrad_solver_restarts", "Solver threads that ended and were replaced.", solver.restarts),
             ("argrad_state_hits", "State tokens found.", state.hits),
             ("argrad_state_misses", "State tokens that named nothing.", state.misses),
             ("argrad_state_evictions", "Forward states pushed out by newer ones.", state.evictions),
             ("argrad_state_expirations", "Forward states past their time to live.", state.expirations),
             ("argrad_state_refusals", "Forward states larger than the whole budget.", state.refusals),
+            ("argrad_registered_hits", "Registered problems found.", registered.hits),
+            ("argrad_registered_misses", "Digests under which nothing was registered.", registered.misses),
+            ("argrad_registered_evictions", "Registered problems pushed out by newer ones.", registered.evictions),
+            ("argrad_registered_expirations", "Registered problems past their time to live.", registered.expirations),
+            ("argrad_registered_refusals", "Problems too large to be registered.", registered.refusals),
         ):
             yield CounterMetricFamily(name, text, number)
+        yield from self._batches()
+
+    def _batches(self) -> Iterator[Metric]:
+        tally = self._scheduler.tally()
+        bounds = [*(str(float(size)) for size in SIZES), "+Inf"]
+        buckets = list(zip(bounds, itertools.accumulate(tally.sizes), strict=True))
+        sizes = HistogramMetricFamily("argrad_batch_calls", "Calls that were solved together.")
+        sizes.add_metric([], buckets=buckets, sum_value=tally.calls)
+        yield sizes
+        released = CounterMetricFamily(
+            "argrad_batches",
+            "Batches by why each went: the solver was idle, was freed, the budget was full, or the call goes alone.",
+            labels=["reason"],
+        )
+        for reason, number in tally.released.items():
+            released.add_metric([reason], number)
+        yield released

@@ -9,12 +9,31 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from argrad.wire import JSON, SAFETENSORS
-from argrad.wire.messages import JvpReply, JvpRequest, Message, SolveReply, SolveRequest, VjpReply, VjpRequest
+from argrad.wire.messages import (
+    JvpReply,
+    JvpRequest,
+    Message,
+    RegisteredReply,
+    RegisterRequest,
+    SolveReply,
+    SolveRequest,
+    VjpReply,
+    VjpRequest,
+)
 from argrad_service.http import examples
 from argrad_service.http.problems import CONTENT_TYPE, INTERNAL, KINDS, Kind
 
 _REF = "#/components/schemas/{model}"
-_DOCUMENTS: tuple[type[Message], ...] = (SolveRequest, VjpRequest, JvpRequest, SolveReply, VjpReply, JvpReply)
+_DOCUMENTS: tuple[type[Message], ...] = (
+    SolveRequest,
+    VjpRequest,
+    JvpRequest,
+    RegisterRequest,
+    SolveReply,
+    VjpReply,
+    JvpReply,
+    RegisteredReply,
+)
 _TENSOR_NAMES = {
     "problem": ("Q", "q", "G", "h", "A", "b", "lb", "ub", "entropy", "P", "l", "u"),
     "report": ("iterations", "primal_residual", "dual_residual", "gap", "objective"),
@@ -30,6 +49,7 @@ _TENSOR = {
         {"type": "array", "items": {"$ref": _REF.format(model="Tensor")}},
     ],
 }
+_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _PROBLEM = {
     "description": "An error (RFC 9457).",
     "type": "object",
@@ -70,25 +90,22 @@ _HEADERS = [
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    kinds: dict[int, Kind] = {kind.status: kind for kind in (*KINDS.values(), INTERNAL)}
+    kinds: dict[int, dict[Kind, None]] = {}
+    for kind in (*KINDS.values(), INTERNAL):
+        kinds.setdefault(kind.status, {})[kind] = None
     content = {CONTENT_TYPE: {"schema": {"$ref": _REF.format(model="Problem")}}}
-    return {
-        status: {"description": f"`{kinds[status].type}`: {kinds[status].title}", "content": content}
-        for status in statuses
-    }
+    described = {status: " ".join(f"`{kind.type}`: {kind.title}" for kind in kinds[status]) for status in statuses}
+    return {status: {"description": words, "content": content} for status, words in described.items()}
 
 
 def _call(request: type[Message], reply: type[Message], given: dict[str, examples.Example]) -> dict[str, Any]:
     """Arguments of a route that takes and returns a message."""
-    binary = {"schema": {"type": "string", "format": "binary"}}
 
     def content(model: type[Message], side: str) -> dict[str, Any]:
         shown = {name: {"summary": e.summary, "value": getattr(e, side)} for name, e in given.items()}
-        return {JSON: {"schema": {"$ref": _REF.format(model=model.__name__)}, "examples": shown}, SAFETENSORS: binary}
+        return {JSON: {"schema": {"$ref": _REF.format(model=model.__name__)}, "examples": shown}, SAFETENSORS: _BINARY}
 
-    statuses = {400, 406, 408, 413, 415, 422, 429, 500, 501, 503, 504}
-    if "state" in request.model_fields:
-        statuses.add(409)
+    statuses = {400, 406, 408, 409, 413, 415, 422, 429, 500, 501, 503, 504}
     return {
         "openapi_extra": {
             "requestBody": {"required": True, "content": content(request, "request")},
@@ -115,6 +132,51 @@ DELETE_STATE: dict[str, Any] = {
         "parameters": [{"name": "token", "in": "path", "required": True, "schema": {"type": "string"}}],
     },
     "responses": {204: {"description": "The state is gone."}, **_errors(409)},
+}
+_DIGEST_IN_PATH = {
+    "name": "sha256",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    "description": "Digest of the kind and of each parameter's name, dtype, shape and elements, as docs/api.md defines "
+    "it.",
+}
+
+
+def _registered(description: str) -> dict[str, Any]:
+    reference = {"$ref": _REF.format(model="RegisteredReply")}
+    content = {JSON: {"schema": reference, "example": examples.REGISTER.reply}, SAFETENSORS: _BINARY}
+    return {"description": description, "content": content}
+
+
+PUT_PROBLEM: dict[str, Any] = {
+    "openapi_extra": {
+        "parameters": [_DIGEST_IN_PATH, *_HEADERS],
+        "requestBody": {
+            "required": True,
+            "content": {
+                JSON: {
+                    "schema": {"$ref": _REF.format(model="RegisterRequest")},
+                    "example": examples.REGISTER.request,
+                },
+                SAFETENSORS: _BINARY,
+            },
+        },
+    },
+    "responses": {
+        200: _registered("They were registered already."),
+        201: _registered("They are registered now."),
+        **_errors(400, 406, 408, 413, 415, 422, 429, 500, 504),
+    },
+}
+GET_PROBLEM: dict[str, Any] = {
+    "openapi_extra": {"parameters": [_DIGEST_IN_PATH]},
+    "responses": {200: _registered("What is registered."), **_errors(406, 409, 422)},
+}
+DELETE_PROBLEM: dict[str, Any] = {
+    "status_code": 204,
+    "openapi_extra": {"parameters": [_DIGEST_IN_PATH]},
+    "responses": {204: {"description": "It is forgotten."}, **_errors(409, 422)},
 }
 SOLVERS = _plain("The table.", JSON)
 LIVE = _plain("The process answers.", JSON, {"status": "live"})

@@ -17,7 +17,7 @@ from argrad.wire import NotAcceptableError, TooLargeError, UnreadableBodyError, 
 from argrad_service.admission import TooLarge
 from argrad_service.http.record import Record
 from argrad_service.scheduling import CallerGone, DeadlinePassed, Overloaded, Stopping
-from argrad_service.state import StateGone
+from argrad_service.state import ProblemGone, StateGone
 
 CONTENT_TYPE = "application/problem+json"
 _MAX_WORDS = 1000
@@ -59,6 +59,7 @@ KINDS: dict[type[Exception], Kind] = {
     NotAcceptableError: Kind(406, "not-acceptable", "No format that the caller accepts can be written."),
     BodyTooSlow: Kind(408, "body-too-slow", "The body took longer than it may."),
     StateGone: Kind(409, "state-gone", "The state token names no state. Send problem and solution instead."),
+    ProblemGone: Kind(409, "problem-gone", "No problem is registered under that digest. Register it again."),
     TooLargeError: Kind(413, "too-large", "Something is over a limit of this service."),
     TooLarge: Kind(413, "too-large", "Something is over a limit of this service."),
     UnsupportedMediaTypeError: Kind(415, "unsupported-media-type", "The format of the body is not understood."),

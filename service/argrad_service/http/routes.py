@@ -14,6 +14,8 @@ from argrad_service.http import openapi
 from argrad_service.http.exchange import OWNER, Exchange
 from argrad_service.http.health import Readiness
 from argrad_service.http.metrics import Metrics
+from argrad_service.http.registration import RegistrationCalls
+from argrad_service.registered import Registrations
 
 _JSON = "application/json"
 
@@ -27,12 +29,15 @@ class DirectRoute(APIRoute):
         return handler
 
 
-def add_routes(app: FastAPI, exchange: Exchange, readiness: Readiness, metrics: Metrics) -> None:
+def add_routes(
+    app: FastAPI, exchange: Exchange, registrations: Registrations, readiness: Readiness, metrics: Metrics
+) -> None:
     """Give an application every route of the service.
 
     Args:
         app: Has no routes of its own yet, but for its documentation.
         exchange: Serves the calls.
+        registrations: Keeps the parameters that calls name.
         readiness: Answers the probe.
         metrics: Scraped.
     """
@@ -60,6 +65,8 @@ def add_routes(app: FastAPI, exchange: Exchange, readiness: Readiness, metrics: 
         operations.release(request.path_params["token"], owner=OWNER)
         return Response(status_code=204)
 
+    _add_problem_routes(app, RegistrationCalls(exchange, registrations))
+
     @app.get("/v1/solvers", tags=["v1"], summary="What can be solved and differentiated, and how", **openapi.SOLVERS)
     async def solvers(_: Request) -> Response:
         """Solvers, differentiation methods, which pairs exist, and their options."""
@@ -79,3 +86,20 @@ def add_routes(app: FastAPI, exchange: Exchange, readiness: Readiness, metrics: 
     async def scrape(_: Request) -> Response:
         """Counters, gauges and histograms in Prometheus' text format."""
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def _add_problem_routes(app: FastAPI, registered: RegistrationCalls) -> None:
+    @app.put("/v1/problems/{sha256}", tags=["v1"], summary="Register parameters by content", **openapi.PUT_PROBLEM)
+    async def put_problem(request: Request) -> Response:
+        """Keep parameters that later calls name by their digest instead of sending them."""
+        return await registered.put(request)
+
+    @app.get("/v1/problems/{sha256}", tags=["v1"], summary="What is registered", **openapi.GET_PROBLEM)
+    async def get_problem(request: Request) -> Response:
+        """Names, dtypes and shapes of what is registered under a digest, without its numbers."""
+        return await registered.get(request)
+
+    @app.delete("/v1/problems/{sha256}", tags=["v1"], summary="Forget what is registered", **openapi.DELETE_PROBLEM)
+    async def delete_problem(request: Request) -> Response:
+        """Forget registered parameters early. Forward state that was solved with them stays."""
+        return await registered.delete(request)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from argrad_service.scheduling.job import CallerGone, DeadlinePassed, Job
+from argrad_service.scheduling.job import CallerGone, DeadlinePassed, Job, Share, SolverCrashed
+from argrad_service.scheduling.queue import Batch, Budget, Queue
+from argrad_service.scheduling.tally import Tally
 
 T = TypeVar("T")
-
-HEAD_START_S = 1.0
-"""A backward pass overtakes the forwards that came up to this long before it: it ends a training step that is under
-way, and frees memory. Older forwards keep their place, so that none waits for ever."""
 
 WATCH_AFTER_S = 0.01
 """A call this quick is not watched for its caller's going: the watch costs more than the call."""
@@ -41,7 +38,17 @@ class Stopping(Exception):  # noqa: N818 - a verdict, not a defect
 
 @dataclass(frozen=True)
 class SchedulerHealth:
-    """State of the solver threads and their queue."""
+    """State of the solver threads and their queue.
+
+    Args:
+        threads: That there should be.
+        alive: That there are.
+        restarts: Threads that ended and were replaced.
+        last_crash: What ended the last of them.
+        queued: Calls that wait.
+        running: Calls that are being solved.
+        dropped: Calls left out when their turn came, because nobody waited for them any more.
+    """
 
     threads: int
     alive: int
@@ -49,16 +56,21 @@ class SchedulerHealth:
     last_crash: str | None
     queued: int
     running: int
+    dropped: int
 
 
 class Scheduler:
     """Runs jobs on its own threads, backward before forward, first come first served within each.
 
+    A thread that is idle takes a job at once; while all are busy jobs wait, and the thread that is free next takes all
+    those that can be done together with the first. No timer makes a batch larger: who comes alone goes alone.
+
     Args:
-        threads: Jobs that run at the same time.
+        threads: Batches that run at the same time.
         max_queue: Jobs that may wait.
         stopped: Exceptions by which work says that it ended because `should_stop` said so.
         clock: Monotonic seconds.
+        budget: Of a batch; None does every job alone.
     """
 
     def __init__(
@@ -68,10 +80,10 @@ class Scheduler:
         max_queue: int,
         stopped: tuple[type[BaseException], ...] = (),
         clock: Callable[[], float] = time.monotonic,
+        budget: Budget | None = None,
     ) -> None:
         self._max_threads, self._max_queue, self._stopped, self._clock = threads, max_queue, stopped, clock
-        self._heap: list[tuple[float, int, Job[Any]]] = []
-        self._order = itertools.count()
+        self._queue, self._tally = Queue(budget), Tally()
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
         self._running = self._restarts = 0
@@ -90,30 +102,42 @@ class Scheduler:
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
-            threads, waiting, self._heap = list(self._threads), self._heap, []
-        for _, _, job in waiting:
+            threads, waiting = list(self._threads), self._queue.clear()
+        for job in waiting:
             job.refuse(Stopping())
         until = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def submit(self, work: Callable[[Job[T]], T], *, deadline: float, is_backward: bool = False) -> Job[T]:
+    def submit(
+        self,
+        work: Callable[[Job[T]], T],
+        *,
+        deadline: float,
+        is_backward: bool = False,
+        share: Share[T] | None = None,
+    ) -> Job[T]:
         """Put work into the queue. Event loop only.
+
+        Args:
+            work: Does it alone.
+            deadline: Clock reading after which nobody wants the result.
+            is_backward: Whether it belongs to a backward pass.
+            share: How it may be done together with other work.
 
         Raises:
             Overloaded: as many jobs wait as may.
             Stopping: the scheduler takes no more work.
         """
-        job = Job(work, deadline=deadline, is_backward=is_backward, clock=self._clock)
-        rank = job.submitted_at - (HEAD_START_S if is_backward else 0.0)
+        job = Job(work, deadline=deadline, is_backward=is_backward, clock=self._clock, share=share)
         with self._changed:
             if self._is_stopping:
                 raise Stopping
-            if len(self._heap) >= self._max_queue:
-                self._drop_abandoned()
-            if len(self._heap) >= self._max_queue:
-                raise Overloaded(f"{len(self._heap)} calls wait for the solver, the limit", self.retry_after_s())
-            heapq.heappush(self._heap, (rank, next(self._order), job))
+            if len(self._queue) >= self._max_queue:
+                self._queue.drop_abandoned()
+            if len(self._queue) >= self._max_queue:
+                raise Overloaded(f"{len(self._queue)} calls wait for the solver, the limit", self.retry_after_s())
+            self._queue.push(job, job.submitted_at)
             self._changed.notify()
         return job
 
@@ -155,7 +179,7 @@ class Scheduler:
 
     def retry_after_s(self) -> int:
         """Seconds until the queue of this moment is done, by the mean of recent jobs; from 1 to 60."""
-        ahead = len(self._heap) + self._running
+        ahead = len(self._queue) + self._running
         return min(_MAX_RETRY_AFTER_S, max(1, math.ceil(ahead * self._mean_run_s / self._max_threads)))
 
     def health(self) -> SchedulerHealth:
@@ -166,9 +190,15 @@ class Scheduler:
                 alive=sum(thread.is_alive() for thread in self._threads),
                 restarts=self._restarts,
                 last_crash=self._last_crash,
-                queued=len(self._heap),
+                queued=len(self._queue),
                 running=self._running,
+                dropped=self._queue.dropped,
             )
+
+    def tally(self) -> Tally:
+        """Batches so far: how large they were, and why each went."""
+        with self._changed:
+            return self._tally.copy()
 
     def _spawn(self) -> None:
         thread = threading.Thread(target=self._work_until_stopped, name="argrad-solver", daemon=True)
@@ -177,10 +207,10 @@ class Scheduler:
 
     def _work_until_stopped(self) -> None:
         try:
-            while (job := self._next()) is not None:
-                self._run(job)
-                del job  # its tensors, while the thread waits for the next
-        except BaseException as error:  # the caller of the job was answered; a new thread takes over
+            while (batch := self._next()) is not None:
+                self._run(batch.jobs)
+                del batch  # the tensors of its jobs, while the thread waits for the next
+        except BaseException as error:  # the callers of the batch were answered; a new thread takes over
             with self._changed:
                 self._restarts += 1
                 self._last_crash = f"{type(error).__name__}: {error}"
@@ -188,26 +218,69 @@ class Scheduler:
                 if not self._is_stopping:
                     self._spawn()
 
-    def _next(self) -> Job[Any] | None:
+    def _next(self) -> Batch | None:
+        was_idle = False
         with self._changed:
-            while not self._heap and not self._is_stopping:
+            while not self._is_stopping:
+                batch = self._queue.take(was_idle=was_idle)
+                if batch is not None:
+                    self._tally.count(batch)
+                    self._running += len(batch.jobs)
+                    return batch
+                was_idle = True
                 self._changed.wait()
-            if self._is_stopping:
-                return None
-            self._running += 1
-            return heapq.heappop(self._heap)[2]
+            return None
 
-    def _run(self, job: Job[Any]) -> None:
+    def _run(self, jobs: list[Job[Any]]) -> None:
         began = self._clock()
+        alone: list[Job[Any]] = []
+        unfinished: list[Job[Any]] = []
         try:
-            job.run(self._stopped)
-        finally:
+            if len(jobs) == 1 or not self._run_together(jobs):
+                alone = jobs[:]
+            while alone:
+                job = alone.pop(0)
+                if not job.run(self._stopped):
+                    unfinished.append(job)
+        finally:  # where the thread ends, what it has not begun with waits for the next
             with self._changed:
-                self._running -= 1
-                took = self._clock() - began
+                self._running -= len(jobs)
+                took = (self._clock() - began) / len(jobs)
                 self._mean_run_s += (took - self._mean_run_s) * (_SMOOTHING if self._mean_run_s else 1.0)
+                for job in (*unfinished, *alone):
+                    if self._is_stopping:
+                        job.refuse(Stopping())
+                    else:
+                        self._queue.push(job, self._clock())
+                        self._changed.notify()
 
-    def _drop_abandoned(self) -> None:
-        """Make room: callers that left or ran out of time still stand in the queue."""
-        self._heap = [entry for entry in self._heap if not entry[2].should_stop()]
-        heapq.heapify(self._heap)
+    def _run_together(self, jobs: list[Job[Any]]) -> bool:
+        """Do jobs together and answer all their callers; False where that fails, and each is to be done alone."""
+        share = next((found for job in jobs if (found := job.share) is not None), None)
+        outcomes: Sequence[Any] = [None] * len(jobs)
+        try:
+            if share is not None:  # else all their callers have just left
+                outcomes = share.together(jobs, lambda: all(job.should_stop() for job in jobs))
+        except self._stopped:
+            pass
+        except Exception:  # one of them may be what is wrong with all: it answers for itself alone
+            return False
+        except BaseException:
+            self._settle(jobs, [SolverCrashed("the solver thread ended during this call")] * len(jobs))
+            raise
+        self._settle(jobs, outcomes)
+        return True
+
+    def _settle(self, jobs: Sequence[Job[Any]], outcomes: Sequence[Any]) -> None:
+        """Answer callers, one visit to each event loop; a closed loop has no callers left."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[Job[Any], Any]]] = {}
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            loops.setdefault(job.future.get_loop(), []).append((job, outcome))
+        for loop, answers in loops.items():
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_settle_all, answers)
+
+
+def _settle_all(answers: Sequence[tuple[Job[Any], Any]]) -> None:
+    for job, outcome in answers:
+        job.settle(outcome)

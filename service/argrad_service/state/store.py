@@ -1,4 +1,4 @@
-"""What the service asks of whoever keeps forward state."""
+"""What the service asks of whoever keeps forward state and registered problems."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ class StateGone(Exception):  # noqa: N818 - not an error: every caller holds wha
 
     def __init__(self) -> None:
         super().__init__("the state token names no state here: send problem and solution instead")
+
+
+class ProblemGone(Exception):  # noqa: N818 - not an error: every caller holds what a miss needs
+    """The caller has no problem registered under that digest: never had, or it was evicted, deleted or expired.
+
+    Another owner's is the same answer: nobody learns what others have registered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("no problem is registered here under that digest: register it again")
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,51 @@ class StateStore(Protocol):
 
         Raises:
             StateGone: whatever the reason.
+        """
+        ...
+
+    def sweep(self) -> None:
+        """Drop what has expired."""
+        ...
+
+    def clear(self) -> None:
+        """Drop everything."""
+        ...
+
+    def counts(self) -> StateCounts:
+        """Counters and what is held now."""
+        ...
+
+
+class ProblemStore(Protocol):
+    """Keeps registered problems by owner and digest; every method may be called from any thread."""
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes that are held at most."""
+        ...
+
+    def put(self, digest: str, value: Any, *, nbytes: int, owner: str) -> bool:
+        """Keep a problem; False where it alone is over the budget."""
+        ...
+
+    def get(self, digest: str, *, owner: str) -> Any:
+        """The problem of a digest.
+
+        Raises:
+            ProblemGone: the owner has none under it.
+        """
+        ...
+
+    def resize(self, digest: str, value: Any, *, nbytes: int, owner: str) -> bool:
+        """Count a problem anew that grew; False where it is not there any more, or does not fit."""
+        ...
+
+    def delete(self, digest: str, *, owner: str) -> None:
+        """Forget a problem.
+
+        Raises:
+            ProblemGone: the owner has none under that digest.
         """
         ...
 

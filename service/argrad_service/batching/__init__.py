@@ -1,0 +1,1 @@
+"""Solving the problems of several callers as one batch, and one caller's in several: frames, keys and costs."""

@@ -1,0 +1,59 @@
+"""PUT, GET and DELETE of /v1/problems/{sha256}: no solver is involved."""
+
+from __future__ import annotations
+
+import re
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from argrad.errors import ProblemError
+from argrad.wire import JSON, encode, reply_format
+from argrad.wire.messages import RegisteredReply, RegisterRequest, TensorMap
+from argrad_service.http.exchange import OWNER, Exchange
+from argrad_service.registered import Registrations
+
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+class RegistrationCalls:
+    """Serves the three calls.
+
+    Args:
+        exchange: Reads bodies, under its limits.
+        registrations: Keeps parameters.
+    """
+
+    def __init__(self, exchange: Exchange, registrations: Registrations) -> None:
+        self._exchange, self._registrations = exchange, registrations
+
+    async def put(self, request: Request) -> Response:
+        """Register; 201 if it was not registered before, else 200."""
+        name = _name(request)
+
+        def register(document: RegisterRequest, tensors: TensorMap) -> tuple[RegisteredReply, bool]:
+            return self._registrations.register(document, tensors, name=name, owner=OWNER)
+
+        (reply, is_new), target = await self._exchange.receive(request, RegisterRequest, register)
+        return _answer(reply, target, 201 if is_new else 200)
+
+    async def get(self, request: Request) -> Response:
+        """Say what is registered."""
+        target = reply_format(request.headers.get("accept"), default=JSON)
+        return _answer(self._registrations.describe(_name(request), owner=OWNER), target, 200)
+
+    async def delete(self, request: Request) -> Response:
+        """Forget what is registered."""
+        self._registrations.delete(_name(request), owner=OWNER)
+        return Response(status_code=204)
+
+
+def _name(request: Request) -> str:
+    name: str = request.path_params["sha256"]
+    if not _DIGEST.fullmatch(name):
+        raise ProblemError("sha256", repr(name[:80]), "64 hexadecimal digits, lower case")
+    return name
+
+
+def _answer(reply: RegisteredReply, target: str, status: int) -> Response:
+    return Response(b"".join(encode(reply, {}, target)), status, media_type=target)
