@@ -108,6 +108,9 @@ class Recorder:
     def jvp(self, request: Any, tensors: TensorMap, call: Call) -> Any:
         return self._pass("jvp", request, tensors, call)
 
+    def register(self, request: Any, tensors: TensorMap, call: Call) -> Any:
+        return self._pass("register", request, tensors, call)
+
     def release(self, states: Sequence[str]) -> None:
         self.released.extend(states)
         self.inner.release(states)
@@ -123,7 +126,7 @@ class Recorder:
         return [name for name, *_ in self.exchanges]
 
     def forget_states(self) -> None:
-        """Make every token unknown, as a restart does."""
+        """Make every token and every digest unknown, as a restart does."""
         self.inner.close()
 
 

@@ -20,6 +20,7 @@ ROWS = [
     (406, "not-acceptable", argrad.ProtocolError),
     (408, "body-too-slow", argrad.DeadlineExceededError),
     (409, "state-gone", argrad.StateGoneError),
+    (409, "problem-gone", argrad.ProblemGoneError),
     (413, "too-large", argrad.PayloadTooLargeError),
     (415, "unsupported-media-type", argrad.ProtocolError),
     (422, "invalid", argrad.ProblemError),

@@ -16,6 +16,8 @@ from argrad.transport.pool import LIMITS
 from argrad.wire.messages import (
     JvpReply,
     JvpRequest,
+    RegisteredReply,
+    RegisterRequest,
     SolveReply,
     SolveRequest,
     TensorMap,
@@ -55,6 +57,12 @@ class AsyncHttpBackend:
         """POST /v1/jvp."""
         return read_reply(JvpReply, await self._run(self._calls.post("jvp", request, tensors, call)))
 
+    async def register(
+        self, request: RegisterRequest, tensors: TensorMap, call: Call
+    ) -> tuple[RegisteredReply, TensorMap]:
+        """PUT /v1/problems/{sha256}."""
+        return read_reply(RegisteredReply, await self._run(self._calls.put(request, tensors, call)))
+
     async def solvers(self) -> dict[str, Any]:
         """GET /v1/solvers."""
         return read_document(await self._run(self._calls.get("solvers")))
@@ -74,7 +82,7 @@ class AsyncHttpBackend:
         if isinstance(effect, Pause):
             await self._sleep(effect.seconds)
             return None
-        response = await self._transport.handle_async_request(effect.request)
+        response = await self._transport.handle_async_request(effect.request.as_httpx())
         try:
             download = Download(response.headers, effect.deadline)
             async for piece in cast("httpx.AsyncByteStream", response.stream):

@@ -1,8 +1,9 @@
-"""Request bodies in pieces, and replies into one buffer."""
+"""Requests before they are sent, their bodies in pieces, and replies into one buffer."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import httpx
 
@@ -22,13 +23,17 @@ class Upload(httpx.SyncByteStream, httpx.AsyncByteStream):
     """
 
     def __init__(self, buffers: Sequence[bytes | memoryview], size: int, deadline: Deadline) -> None:
-        self._buffers, self._size, self._deadline = buffers, size, deadline
+        self.buffers, self.size, self._deadline = buffers, size, deadline
+
+    def views(self) -> list[memoryview]:
+        """The body without copies."""
+        return [memoryview(buffer) for buffer in self.buffers if len(buffer)]
 
     def __iter__(self) -> Iterator[bytes]:
-        if self._size <= _PIECE_BYTES:
-            yield b"".join(self._buffers)
+        if self.size <= _PIECE_BYTES:
+            yield b"".join(self.buffers)
             return
-        for buffer in self._buffers:
+        for buffer in self.buffers:
             view = memoryview(buffer)
             for start in range(0, len(view), _PIECE_BYTES):
                 self._deadline.check()
@@ -37,6 +42,36 @@ class Upload(httpx.SyncByteStream, httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self:
             yield piece
+
+
+@dataclass(frozen=True, eq=False)
+class Outgoing:
+    """A request.
+
+    Args:
+        method: `GET`, `POST`, …
+        url: Where it goes.
+        headers: All of them, `Host` and `Content-Length` included.
+        body: May be empty.
+        timeouts: httpx's, in seconds: connect, read, write, pool.
+    """
+
+    method: str
+    url: httpx.URL
+    headers: Sequence[tuple[bytes, bytes]]
+    body: Upload
+    timeouts: Mapping[str, float | None]
+
+    def head(self) -> bytes:
+        """Request line and headers, as HTTP/1.1 writes them."""
+        lines = [b"%s %s HTTP/1.1" % (self.method.encode("ascii"), self.url.raw_path)]
+        lines += [b"%s: %s" % header for header in self.headers]
+        return b"\r\n".join([*lines, b"", b""])
+
+    def as_httpx(self) -> httpx.Request:
+        """The same for a transport of httpx."""
+        extensions = {"timeout": dict(self.timeouts)}
+        return httpx.Request(self.method, self.url, headers=[*self.headers], stream=self.body, extensions=extensions)
 
 
 class Download:

@@ -20,10 +20,10 @@ from argrad._version import __version__
 from argrad.backend import Call
 from argrad.errors import ProblemError, ProtocolError
 from argrad.transport.address import parse_address
-from argrad.transport.bodies import Upload
+from argrad.transport.bodies import Outgoing, Upload
 from argrad.transport.exchange import Answer, Clock, Deadline, RetryBudget, RetryPolicy, Steps, exchange
 from argrad.wire import SAFETENSORS, WireError, decode, encode, encoded_size
-from argrad.wire.messages import Message, TensorMap
+from argrad.wire.messages import Message, RegisterRequest, TensorMap
 
 M = TypeVar("M", bound=Message)
 
@@ -98,6 +98,14 @@ class HttpCalls:
             tensors: Its tensors; those on a GPU are copied to the host.
             call: Deadline and identifiers.
         """
+        return self._send("POST", self._urls[name], message, tensors, call)
+
+    def put(self, request: RegisterRequest, tensors: TensorMap, call: Call) -> Steps:
+        """Steps of PUT /v1/problems/{sha256}."""
+        url = self.address.join(f"/v1/problems/{request.problem.registered}")
+        return self._send("PUT", url, request, tensors, call)
+
+    def _send(self, method: str, url: httpx.URL, message: Message, tensors: TensorMap, call: Call) -> Steps:
         buffers = encode(message, tensors, SAFETENSORS)
         headers = [
             (b"Content-Type", _TENSOR_TYPE),
@@ -106,14 +114,16 @@ class HttpCalls:
         ]
         if call.affinity is not None:
             headers.append((b"Argrad-Affinity", _identifier("affinity", call.affinity)))
-        return self._steps("POST", name, headers, buffers, call)
+        return self._steps(method, url, headers, buffers, call)
 
     def get(self, name: str) -> Steps:
         """Steps of GET /v1/{name}, which takes no solving."""
-        return self._steps("GET", name, [(b"Accept", b"application/json")], [], Call(timeout_s=_TABLE_TIMEOUT_S))
+        return self._steps(
+            "GET", self._urls[name], [(b"Accept", b"application/json")], [], Call(timeout_s=_TABLE_TIMEOUT_S)
+        )
 
     def _steps(
-        self, method: str, name: str, headers: list[Header], buffers: Sequence[bytes | memoryview], call: Call
+        self, method: str, url: httpx.URL, headers: list[Header], buffers: Sequence[bytes | memoryview], call: Call
     ) -> Steps:
         request_id = call.request_id if call.request_id is not None else secrets.token_hex(8)
         common = [*self._headers, *headers, (b"X-Request-ID", _identifier("request_id", request_id))]
@@ -122,12 +132,11 @@ class HttpCalls:
         deadline = Deadline(call.timeout_s, self.options.clock)
         upload = Upload(buffers, encoded_size(buffers), deadline)
 
-        def request(remaining_s: float | None) -> httpx.Request:
+        def request(remaining_s: float | None) -> Outgoing:
             timed = common
             if remaining_s is not None:
                 timed = [*common, (b"Argrad-Timeout-Ms", b"%d" % max(1, math.ceil(1e3 * remaining_s)))]
-            extensions = {"timeout": _timeouts(remaining_s)}
-            return httpx.Request(method, self._urls[name], headers=timed, stream=upload, extensions=extensions)
+            return Outgoing(method, url, timed, upload, _timeouts(remaining_s))
 
         return exchange(
             request, where=self.options.url, deadline=deadline, policy=self.options.policy, budget=self._budget

@@ -10,12 +10,15 @@ import random
 import threading
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import httpx
 
 from argrad.errors import ArgradError, DeadlineExceededError, OverloadedError, UnavailableError
 from argrad.transport.failures import TRANSIENT, failure_from_httpx, failure_from_reply
+
+if TYPE_CHECKING:
+    from argrad.transport.bodies import Outgoing
 
 E = TypeVar("E")
 R = TypeVar("R")
@@ -104,7 +107,7 @@ class RetryBudget:
 class Send:
     """Send a request, and read its reply before the deadline."""
 
-    request: httpx.Request
+    request: Outgoing
     deadline: Deadline
 
 
@@ -128,7 +131,7 @@ Steps = Generator[Send | Pause, Answer | None, Answer]
 
 
 def exchange(
-    request: Callable[[float | None], httpx.Request],
+    request: Callable[[float | None], Outgoing],
     *,
     where: str,
     deadline: Deadline,
@@ -159,7 +162,7 @@ def exchange(
             failure.__cause__ = error
             is_transient = isinstance(error, TRANSIENT)
         else:
-            if answer.status_code == 200:
+            if answer.status_code in (200, 201):
                 budget.earn()
                 return answer
             failure = failure_from_reply(answer.status_code, answer.headers, answer.body)

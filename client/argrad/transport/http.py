@@ -1,7 +1,8 @@
 """The service over HTTP, for callers that wait: an `argrad.backend.Backend`.
 
-Requests go to httpx's transport without httpx's client around it: the pool, the timeouts and the exceptions are the
-transport's, and what the client adds (redirects, cookies, authentication flows) is not used and costs 0.12 ms a call.
+Requests go over connections of our own (`argrad.transport.connection`), or, where a proxy stands between or the caller
+brings one, to a transport of httpx; either raises httpx's exceptions. What httpx's client adds (redirects, cookies,
+authentication flows) is not used.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from argrad.backend import Call
 from argrad.transport.bodies import Download
 from argrad.transport.calls import HttpCalls, HttpOptions, read_document, read_reply
 from argrad.transport.exchange import Answer, Pause, Send, Steps, drive
-from argrad.transport.pool import LIMITS, PooledTransport
+from argrad.transport.pool import LIMITS, Pool
 from argrad.wire.messages import (
     JvpReply,
     JvpRequest,
     Message,
+    RegisteredReply,
+    RegisterRequest,
     SolveReply,
     SolveRequest,
     TensorMap,
@@ -73,6 +76,10 @@ class HttpBackend:
         """POST /v1/jvp."""
         return read_reply(JvpReply, self._post("jvp", request, tensors, call))
 
+    def register(self, request: RegisterRequest, tensors: TensorMap, call: Call) -> tuple[RegisteredReply, TensorMap]:
+        """PUT /v1/problems/{sha256}."""
+        return read_reply(RegisteredReply, self._run(self._current().put(request, tensors, call)))
+
     def solvers(self) -> dict[str, Any]:
         """GET /v1/solvers."""
         return read_document(self._run(self._current().get("solvers")))
@@ -108,7 +115,9 @@ class HttpBackend:
         if isinstance(effect, Pause):
             self._sleep(effect.seconds)
             return None
-        response = self._transport.handle_request(effect.request)
+        if isinstance(self._transport, Pool):
+            return self._transport.exchange(effect.request, effect.deadline)
+        response = self._transport.handle_request(effect.request.as_httpx())
         try:
             download = Download(response.headers, effect.deadline)
             for piece in cast("httpx.SyncByteStream", response.stream):
@@ -124,8 +133,8 @@ def _rebuild(
     return HttpBackend(options, transport=transport, sleep=sleep)
 
 
-def _pool(calls: HttpCalls) -> httpx.BaseTransport:
+def _pool(calls: HttpCalls) -> httpx.BaseTransport | Pool:
     address = calls.address
     if address.proxy is None:
-        return PooledTransport(address)
+        return Pool(address)
     return httpx.HTTPTransport(proxy=address.proxy, limits=LIMITS)

@@ -1,146 +1,78 @@
-"""A pool of connections that sends head and body of a small request in one piece.
-
-httpcore writes them one after the other. The first write wakes the service, which then waits for the second: on
-loopback that costs a fifth of a small call.
-"""
+"""Connections that are kept open between calls."""
 
 from __future__ import annotations
 
-import contextlib
 import ssl
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+import threading
+import time
 
-import httpcore
 import httpx
 
 from argrad.transport.address import Address
+from argrad.transport.bodies import Outgoing
+from argrad.transport.connection import Connection
+from argrad.transport.exchange import Answer, Deadline
 
 LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=60.0)
 """Of one pool; an idle connection is closed before the service closes it, which by default it does after 120 s."""
 
-_HELD_BYTES = 64 * 1024
-
-_EXCEPTIONS: Mapping[type[Exception], type[httpx.TransportError]] = {
-    httpcore.ConnectTimeout: httpx.ConnectTimeout,
-    httpcore.ReadTimeout: httpx.ReadTimeout,
-    httpcore.WriteTimeout: httpx.WriteTimeout,
-    httpcore.PoolTimeout: httpx.PoolTimeout,
-    httpcore.ConnectError: httpx.ConnectError,
-    httpcore.ReadError: httpx.ReadError,
-    httpcore.WriteError: httpx.WriteError,
-    httpcore.ProxyError: httpx.ProxyError,
-    httpcore.UnsupportedProtocol: httpx.UnsupportedProtocol,
-    httpcore.LocalProtocolError: httpx.LocalProtocolError,
-    httpcore.RemoteProtocolError: httpx.RemoteProtocolError,
-}
+_MOST_IDLE = LIMITS.max_keepalive_connections or 0
+_EXPIRY_S = LIMITS.keepalive_expiry or 0.0
 
 
-class PooledTransport(httpx.BaseTransport):
-    """Connections to one address, kept open between calls; may be used from any thread.
+class Pool:
+    """Connections to one address; may be used from any thread, each of which has a connection while it calls.
 
     Args:
-        address: Of the service.
+        address: Of the service; without a proxy.
     """
 
     def __init__(self, address: Address) -> None:
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=httpx.create_ssl_context() if address.base.scheme == "https" else None,
-            max_connections=LIMITS.max_connections,
-            max_keepalive_connections=LIMITS.max_keepalive_connections,
-            keepalive_expiry=LIMITS.keepalive_expiry,
-            uds=address.uds,
-            network_backend=_Backend(),
-        )
+        self._address = address
+        self._context: ssl.SSLContext | None = httpx.create_ssl_context() if address.base.scheme == "https" else None
+        self._idle: list[Connection] = []
+        self._lock = threading.Lock()
+        self._is_closed = False
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request and read the head of its reply."""
-        url = request.url
-        core = httpcore.Request(
-            method=request.method,
-            url=httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
-            headers=request.headers.raw,
-            content=cast("Iterable[bytes]", request.stream),
-            extensions=request.extensions,
-        )
-        with _mapped():
-            response = self._pool.handle_request(core)
-        stream = _Reply(cast("Iterable[bytes]", response.stream))
-        return httpx.Response(response.status, headers=response.headers, stream=stream)
+    def exchange(self, request: Outgoing, deadline: Deadline) -> Answer:
+        """Send a request and read its reply.
+
+        Raises:
+            httpx.TransportError: there is no connection, it broke, or what came back is no reply.
+            DeadlineExceededError: the deadline passed.
+        """
+        connection = self._take() or Connection(self._address, self._context, request.timeouts["connect"])
+        try:
+            return connection.exchange(request, deadline)
+        finally:
+            self._put_back(connection)
 
     def close(self) -> None:
-        """Close all connections."""
-        self._pool.close()
+        """Close what is idle, and what is not as soon as its call ends."""
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
+    def _take(self) -> Connection | None:
+        """The idle connection that was used last, if the service has not closed it."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            if time.monotonic() - connection.used_at < _EXPIRY_S and not connection.is_stale():
+                return connection
+            connection.close()
 
-class _Reply(httpx.SyncByteStream):
-    """Body of a reply, with httpx's exceptions."""
-
-    def __init__(self, stream: Iterable[bytes]) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[bytes]:
-        with _mapped():
-            yield from self._stream
-
-    def close(self) -> None:
-        cast("Any", self._stream).close()
-
-
-@contextlib.contextmanager
-def _mapped() -> Iterator[None]:
-    try:
-        yield
-    except tuple(_EXCEPTIONS) as error:
-        raise _EXCEPTIONS[type(error)](str(error)) from error
-
-
-class _Stream(httpcore.NetworkStream):
-    """Holds what is written until there is much of it, or until a reply is waited for."""
-
-    def __init__(self, inner: httpcore.NetworkStream) -> None:
-        self._inner, self._held = inner, b""
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        # `buffer` alone where nothing is held: joining would copy a large piece.
-        self._held = self._held + buffer if self._held else buffer
-        if len(self._held) > _HELD_BYTES:
-            self._flush(timeout)
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        if self._held:
-            # A service that refuses a request early may have closed its end, and its reply is here to be read.
-            with contextlib.suppress(httpcore.WriteError):
-                self._flush(timeout)
-        return self._inner.read(max_bytes, timeout)
-
-    def _flush(self, timeout: float | None) -> None:
-        held, self._held = self._held, b""
-        self._inner.write(held, timeout)
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, timeout))
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-
-class _Backend(httpcore.NetworkBackend):
-    """httpcore's own sockets, with `_Stream` around each."""
-
-    def __init__(self) -> None:
-        self._inner = httpcore.SyncBackend()
-
-    def connect_tcp(self, *arguments: Any, **more: Any) -> httpcore.NetworkStream:
-        return _Stream(self._inner.connect_tcp(*arguments, **more))
-
-    def connect_unix_socket(self, *arguments: Any, **more: Any) -> httpcore.NetworkStream:
-        return _Stream(self._inner.connect_unix_socket(*arguments, **more))
-
-    def sleep(self, seconds: float) -> None:
-        self._inner.sleep(seconds)
+    def _put_back(self, connection: Connection) -> None:
+        surplus: Connection | None = connection
+        if connection.is_reusable:
+            with self._lock:
+                if not self._is_closed:
+                    self._idle.append(connection)
+                    # The one that has waited longest goes.
+                    surplus = self._idle.pop(0) if len(self._idle) > _MOST_IDLE else None
+        if surplus is not None:
+            surplus.close()

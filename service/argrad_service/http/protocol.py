@@ -1,9 +1,14 @@
-"""uvicorn's protocol with bounds on the head of a request, which it leaves open for ever and without end."""
+"""uvicorn's protocol with bounds on the head of a request, and replies in one write.
+
+uvicorn leaves heads open for ever and without end, and writes head and body of a reply one after the other: the first
+write wakes the client, which then waits for the second.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -12,6 +17,43 @@ from argrad_service.http.problems import BadRequest, describe
 
 MAX_HEAD_BYTES = 64 * 1024
 """Longest head of a request; 256 released tokens take ten thousand."""
+
+
+class OneWrite:
+    """A transport that holds the head of a reply back until its body comes, or the loop's next turn.
+
+    Args:
+        transport: Writes.
+        loop: Its event loop.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._held = b""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write, or hold back what looks like a head."""
+        if self._held:
+            held, self._held = self._held, b""
+            self._transport.writelines([held, data])
+        elif isinstance(data, bytes) and data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n"):
+            self._held = data
+            self._loop.call_soon(self._flush)
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Write what is held, and close."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._held:
+            held, self._held = self._held, b""
+            self._transport.write(held)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -30,7 +72,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock: nothing has come yet."""
-        super().connection_made(transport)
+        super().connection_made(OneWrite(transport, self.loop))  # type: ignore[arg-type]
         self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
