@@ -19,10 +19,11 @@ from benchmarks.workloads import Workload, optnet, two_variables
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteStep:
-    """Medians of one forward and backward, in milliseconds, each parameter sent and each gradient formed.
+    """Medians of one forward and backward, in milliseconds.
 
     Args:
-        name: Of the workload.
+        name: Of the workload; `registered` where its q alone is sent and differentiated, and the rest was registered.
+            Elsewhere each parameter is sent and each gradient formed.
         solver: That solved it.
         engine_ms: The engine alone, called in this process.
         in_process_ms: The layer over `Client("local")`.
@@ -44,16 +45,25 @@ def time_remote(url: str, *, seed: int, quick: bool) -> list[RemoteStep]:
     large = optnet(100, 128, seed=seed)
     cases = ((two_variables(), "auto"), (two_variables(), "pdipm"), (large, "auto"), (large, "pdipm"))
     with argrad.Client(url) as remote, argrad.Client("local") as local:
-        return [_time(w, solver, local, remote, budget_s=budget_s, most=1000) for w, solver in cases]
+        steps = [_time(w, solver, local, remote, budget_s=budget_s, most=1000) for w, solver in cases]
+        return [*steps, _time(large, "auto", local, remote, budget_s=budget_s, most=1000, registers=True)]
 
 
 def _time(
-    workload: Workload, solver: str, local: argrad.Client, remote: argrad.Client, *, budget_s: float, most: int
+    workload: Workload,
+    solver: str,
+    local: argrad.Client,
+    remote: argrad.Client,
+    *,
+    budget_s: float,
+    most: int,
+    registers: bool = False,
 ) -> RemoteStep:
+    make = _registered_step if registers else _layer_step
     steps: dict[str, Callable[[], object]] = {
         "engine_ms": lambda: _engine_step(workload, solver),
-        "in_process_ms": _layer_step(workload, solver, local),
-        "remote_ms": _layer_step(workload, solver, remote),
+        "in_process_ms": make(workload, solver, local),
+        "remote_ms": make(workload, solver, remote),
     }
     for step in steps.values():
         step()
@@ -66,7 +76,8 @@ def _time(
             taken[name].append(elapsed_ms(step))
         turns += 1
     medians = {name: median(times) for name, times in taken.items()}
-    return RemoteStep(name=workload.name, solver=solver, repeats=turns, **medians)
+    name = f"{workload.name}, registered" if registers else workload.name
+    return RemoteStep(name=name, solver=solver, repeats=turns, **medians)
 
 
 def _engine_step(workload: Workload, solver: str) -> None:
@@ -86,5 +97,18 @@ def _layer_step(workload: Workload, solver: str, client: argrad.Client) -> Calla
     def step() -> object:
         z = layer(*arguments)
         return torch.autograd.grad((z * workload.grad_z).sum(), list(leaves.values()))
+
+    return step
+
+
+def _registered_step(workload: Workload, solver: str, client: argrad.Client) -> Callable[[], object]:
+    layer = argrad.nn.QPLayer(client, solver=solver, gradients="adjoint")
+    problem = workload.problem
+    q = problem.q.clone().requires_grad_()
+    fixed = client.register(Q=problem.Q, G=problem.G, h=problem.h, A=problem.A, b=problem.b)
+
+    def step() -> object:
+        z = layer(q=q, **fixed)
+        return torch.autograd.grad((z * workload.grad_z).sum(), q)
 
     return step

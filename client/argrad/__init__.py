@@ -17,6 +17,7 @@ from argrad.errors import (
     OverloadedError,
     PayloadTooLargeError,
     ProblemError,
+    ProblemGoneError,
     ProtocolError,
     ServiceError,
     SolveError,
@@ -27,7 +28,9 @@ from argrad.functional import BoundedQPSolution, QPSolution, TwoSidedSolution, s
 from argrad.observation import Observation
 from argrad.options import Options
 from argrad.problems import QP, Flag, Status
+from argrad.registered import Registered
 from argrad.results import GradientResult, Point, Report, SolveResult, TangentResult
+from argrad.warm import WarmStart
 
 __all__ = [
     "QP",
@@ -50,8 +53,10 @@ __all__ = [
     "PayloadTooLargeError",
     "Point",
     "ProblemError",
+    "ProblemGoneError",
     "ProtocolError",
     "QPSolution",
+    "Registered",
     "Report",
     "ServiceError",
     "SolveError",
@@ -61,6 +66,7 @@ __all__ = [
     "TangentResult",
     "TwoSidedSolution",
     "UnavailableError",
+    "WarmStart",
     "__version__",
     "configure",
     "nn",

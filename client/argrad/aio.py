@@ -17,6 +17,7 @@ from argrad.client import (
     DEFAULT_RETRIES,
     DEFAULT_TIMEOUT_S,
     LOCAL,
+    check_registering,
     http_options,
     load_backend,
 )
@@ -25,10 +26,19 @@ from argrad.observation import Observer, observe
 from argrad.operations import Exchange, Reply
 from argrad.options import Options
 from argrad.problems import QP, Form
+from argrad.registered import FAILURES, Kind, Registered, Registering, Registry, handle_for, register
 from argrad.results import GradientResult, Point, SolveResult, TangentResult
 from argrad.transport.aio import AsyncHttpBackend
 from argrad.transport.exchange import drive_async
-from argrad.wire.messages import FailedGradients, Gradients, JvpRequest, SolveRequest, TensorMap, VjpRequest
+from argrad.wire.messages import (
+    FailedGradients,
+    Gradients,
+    JvpRequest,
+    RegisterRequest,
+    SolveRequest,
+    TensorMap,
+    VjpRequest,
+)
 
 T = TypeVar("T")
 
@@ -48,6 +58,10 @@ class AsyncBackend(Protocol):
 
     async def jvp(self, request: JvpRequest, tensors: TensorMap, call: Call) -> Reply:
         """POST /v1/jvp."""
+        ...
+
+    async def register(self, request: RegisterRequest, tensors: TensorMap, call: Call) -> Reply:
+        """PUT /v1/problems/{sha256}."""
         ...
 
     async def solvers(self) -> dict[str, Any]:
@@ -79,6 +93,9 @@ class _InThread:
     async def jvp(self, request: JvpRequest, tensors: TensorMap, call: Call) -> Reply:
         return await asyncio.to_thread(self._backend.jvp, request, tensors, call)
 
+    async def register(self, request: RegisterRequest, tensors: TensorMap, call: Call) -> Reply:
+        return await asyncio.to_thread(self._backend.register, request, tensors, call)
+
     async def solvers(self) -> dict[str, Any]:
         return await asyncio.to_thread(self._backend.solvers)
 
@@ -96,6 +113,7 @@ class AsyncClient:
         retries: See `Client`.
         transport: See `Client`.
         observer: See `Client`.
+        register: See `Client`.
     """
 
     def __init__(
@@ -107,8 +125,11 @@ class AsyncClient:
         retries: int = DEFAULT_RETRIES,
         transport: httpx.AsyncBaseTransport | None = None,
         observer: Observer | None = None,
+        register: Registering = "auto",
     ) -> None:
         operations.check_timeout(timeout_s)
+        check_registering(register)
+        self.registry = Registry(is_automatic=register == "auto" and target != LOCAL)
         self._target, self._timeout_s, self._observer = target, timeout_s, observer
         self._backend: AsyncBackend
         if target == LOCAL:
@@ -128,14 +149,16 @@ class AsyncClient:
         gradients: Gradients = "full",
         failed_gradients: FailedGradients = "nan",
         keep_state: bool | None = None,
-        warm_start: Mapping[str, Tensor] | None = None,
+        warm_start: Mapping[str, Tensor] | Point | None = None,
         check: bool = True,
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> SolveResult:
         """See `Client.solve`."""
         steps = operations.solve(
-            problem,
+            problem
+            if isinstance(problem, Form)
+            else operations.form_of(problem, self.registry.trusted(problem.parameters())),
             options=options,
             call=operations.call_within(self._timeout_s, timeout_s, request_id),
             upstream=upstream,
@@ -196,6 +219,13 @@ class AsyncClient:
         )
         return await self._run(steps)
 
+    async def register(
+        self, *, kind: Kind = "qp", timeout_s: float | None = None, **parameters: Tensor | None
+    ) -> Registered:
+        """See `Client.register`; copying and hashing take place on a thread."""
+        handle = await asyncio.to_thread(handle_for, self, kind, parameters)
+        return await self._run(register(handle, operations.call_within(self._timeout_s, timeout_s, None)))
+
     async def solvers(self) -> dict[str, Any]:
         """See `Client.solvers`."""
         return await self._backend.solvers()
@@ -213,6 +243,9 @@ class AsyncClient:
         return await drive_async(steps, self._perform, (StateGoneError,))
 
     async def _perform(self, exchange: Exchange) -> Reply:
+        return await drive_async(self.registry.steps(exchange), self._exchange, FAILURES)
+
+    async def _exchange(self, exchange: Exchange) -> Reply:
         began = time.perf_counter()
         reply: Reply = await getattr(self._backend, exchange.name)(exchange.request, exchange.tensors, exchange.call)
         if self._observer is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from argrad.problems import parse
 from argrad.problems.form import Blocks
 from argrad.recorded import Kind, Recorded, State, after_failure
 from argrad.tangents import Tangents
+from argrad.warm import WarmStart
 from argrad.wire import messages
 
 
@@ -35,6 +37,7 @@ def differentiable_solve(
     on_failure: OnFailure,
     timeout_s: float | None,
     request_id: str | None,
+    start: WarmStart | None = None,
 ) -> Blocks:
     """Solve a problem so that autograd can differentiate every block of the solution.
 
@@ -47,6 +50,7 @@ def differentiable_solve(
         on_failure: See `argrad.solve_qp`.
         timeout_s: Of the solve, and of each of its derivatives; by default the client's.
         request_id: Of the solve and of its derivatives; drawn at random by default.
+        start: Where the solver begins.
 
     Returns:
         The blocks of the solution by name, differentiable.
@@ -60,6 +64,7 @@ def differentiable_solve(
         on_failure=on_failure,
         call=operations.call_within(client.timeout_s, timeout_s, request_id or secrets.token_hex(8)),
         keep_state=is_tracked(parameters.values()),
+        start=start,
     )
     return record.named_blocks(apply(_Solve, record, *parameters.values()))
 
@@ -76,25 +81,51 @@ def _has_tangent(tensor: Tensor) -> bool:
         return True
 
 
+def solved(record: Recorded, *parameters: Tensor) -> Tensors:
+    """Ask for the solution; what came of it is noted on the record.
+
+    Args:
+        record: Of this solve.
+        parameters: In the order of `record.names`.
+
+    Returns:
+        The blocks of the solution, in the order of `record.blocks`.
+
+    Raises:
+        ProblemError: a parameter does not fit the others, or holds what is not finite.
+        SolveError: a problem has no solution, under `raise`.
+    """
+    given = dict(zip(record.names, parameters, strict=True))
+    form = parse(record.kind, given, trusted=record.client.registry.trusted(given))
+    start = None if record.start is None else record.start.at(form)
+    if start is not None and start.state is not None:
+        record.call = replace(record.call, affinity=start.affinity)
+    steps = operations.solve(
+        form,
+        options=record.options,
+        call=record.call,
+        keep_state=record.keep_state,
+        warm_start=start,
+        check=False,
+    )
+    result = record.client.run(steps)
+    record.failed, record.batched = result.failed, form.batched
+    if result.state is not None:
+        record.state = State(record.client, result.state)
+    if record.start is not None:
+        record.start.keep(form, result, record.state)
+    if result.failed and record.on_failure == "raise":
+        raise SolveError(result.statuses, result.failed)
+    blocks = result.solution
+    if result.failed:
+        blocks = after_failure(record, parameters, blocks)
+    return owned(blocks, record.blocks)
+
+
 class _Solve(torch.autograd.Function):
     """Blocks of the solution of a problem."""
 
-    @staticmethod
-    def forward(record: Recorded, *parameters: Tensor) -> Tensors:
-        form = parse(record.kind, dict(zip(record.names, parameters, strict=True)))
-        steps = operations.solve(
-            form, options=record.options, call=record.call, keep_state=record.keep_state, check=False
-        )
-        result = record.client.run(steps)
-        record.failed, record.batched = result.failed, form.batched
-        if result.state is not None:
-            record.state = State(record.client, result.state)
-        if result.failed and record.on_failure == "raise":
-            raise SolveError(result.statuses, result.failed)
-        blocks = result.solution
-        if result.failed:
-            blocks = after_failure(record, parameters, blocks)
-        return owned(blocks, record.blocks)
+    forward = staticmethod(solved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:

@@ -6,10 +6,11 @@ import collections
 import contextlib
 import os
 import time
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from importlib.metadata import entry_points
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import httpx
 from pydantic import SecretStr
@@ -18,10 +19,13 @@ from torch import Tensor
 from argrad import operations
 from argrad.backend import ENTRY_POINT_GROUP, Backend
 from argrad.errors import ForkedError, MissingExtraError, ProblemError, StateGoneError
+from argrad.futures import P, Threads
+from argrad.handles import new_handle
 from argrad.observation import Observer, observe
 from argrad.operations import Exchange, Reply
 from argrad.options import Options
 from argrad.problems import QP, Form
+from argrad.registered import FAILURES, Kind, Registered, Registering, Registry, handle_for, register
 from argrad.results import GradientResult, Point, SolveResult, TangentResult
 from argrad.transport.calls import HttpOptions
 from argrad.transport.exchange import RetryPolicy, drive
@@ -51,9 +55,12 @@ class Client:
         retries: Further attempts after a connection error, a reply cut off, 429 or 503.
         transport: Sends HTTP requests in place of a pool of connections.
         observer: Called after each exchange, in the thread that made it.
+        register: `explicit`: what `Client.register` and layers register is sent once. `auto`: so is every parameter of
+            1 MiB or more that needs no gradient, from its second time on. For that it is hashed at each call; where
+            its content is new four times in a row, at every sixteenth. `local` hashes nothing.
 
     Raises:
-        ProblemError: the address, the API key, the deadline or the number of retries cannot be one.
+        ProblemError: the address, the API key, the deadline, the number of retries or `register` cannot be one.
         MissingExtraError: `local`, and the engine's packages are not installed.
     """
 
@@ -66,8 +73,10 @@ class Client:
         retries: int = DEFAULT_RETRIES,
         transport: httpx.BaseTransport | None = None,
         observer: Observer | None = None,
+        register: Registering = "auto",
     ) -> None:
         operations.check_timeout(timeout_s)
+        check_registering(register)
         self._settings = (
             target,
             None if api_key is None else SecretStr(api_key),
@@ -75,8 +84,12 @@ class Client:
             retries,
             transport,
             observer,
+            register,
         )
+        self.registry = Registry(is_automatic=register == "auto" and target != LOCAL)
         self.timeout_s, self._observer = timeout_s, observer
+        self.handle = new_handle(self)
+        self._threads = Threads()
         self._released: collections.deque[str] = collections.deque(maxlen=_MAX_RELEASED)
         self._pid = os.getpid()
         self._backend: Backend
@@ -97,7 +110,7 @@ class Client:
         gradients: Gradients = "full",
         failed_gradients: FailedGradients = "nan",
         keep_state: bool | None = None,
-        warm_start: Mapping[str, Tensor] | None = None,
+        warm_start: Mapping[str, Tensor] | Point | None = None,
         check: bool = True,
         timeout_s: float | None = None,
         request_id: str | None = None,
@@ -112,7 +125,7 @@ class Client:
             gradients: `full`, or `adjoint` for `z nu mu`, from which gradients are outer products.
             failed_gradients: What stands where a problem has no gradient.
             keep_state: Whether the service keeps what a later vjp or jvp reuses; by default if there is no `upstream`.
-            warm_start: A solution to begin with.
+            warm_start: A solution to begin with: blocks by name, or an earlier result, whose state then stands for it.
             check: Raise if a problem has no solution; False leaves it to `SolveResult.statuses`.
             timeout_s: Seconds for this call; by default the client's.
             request_id: Travels to the service's log; drawn at random by default.
@@ -122,7 +135,9 @@ class Client:
             SolveError: a problem has no solution, and `check` is set.
         """
         steps = operations.solve(
-            problem,
+            problem
+            if isinstance(problem, Form)
+            else operations.form_of(problem, self.registry.trusted(problem.parameters())),
             options=options,
             call=operations.call_within(self.timeout_s, timeout_s, request_id),
             upstream=upstream,
@@ -213,10 +228,55 @@ class Client:
         )
         return self.run(steps)
 
+    def register(self, *, kind: Kind = "qp", timeout_s: float | None = None, **parameters: Tensor | None) -> Registered:
+        """Send parameters once, for calls that pass the returned tensors on: `solve_qp(client, q=q, **registered)`.
+
+        They are copied; later changes of the originals change nothing. The service keeps them for as long as they are
+        used and there is room, and gets them again when they are gone.
+
+        Args:
+            kind: Of the problem that they are parameters of: `qp`, or `qp_two_sided`.
+            timeout_s: See `solve`.
+            parameters: Some or all parameters by name.
+
+        Raises:
+            ProblemError: a name, a shape, a dtype or a value cannot be right.
+            PayloadTooLargeError: the service has no room for them.
+        """
+        handle = handle_for(self, kind, parameters)
+        return self.run(register(handle, operations.call_within(self.timeout_s, timeout_s, None)))
+
     def solvers(self) -> dict[str, Any]:
         """Table of solvers and differentiation methods, with their options."""
         self._check_process()
         return self._backend.solvers()
+
+    def submit(self, function: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs) -> Future[T]:
+        """Call a function, such as a layer or `client.solve`, in a thread of this client; 32 run at a time.
+
+        As `concurrent.futures.Executor.submit`, in the caller's grad mode and on its CUDA stream. Autograd takes the
+        outputs together as if they had been computed one after the other, and its backward pass does not overlap calls
+        of the CPU: it runs in the thread that asked for it, node by node. Micro-batches whose `backward()` is part of
+        the function overlap; their sums in shared gradients are then formed in any order. Within such a call another
+        one runs at once, in place.
+
+        Args:
+            function: Called with what follows.
+            arguments: Of the function.
+            keywords: Of the function.
+        """
+        self._check_process()
+        return self._threads.submit(function, *arguments, **keywords)
+
+    def map(self, function: Callable[..., T], *iterables: Iterable[Any]) -> Iterator[T]:
+        """Submit a call for each element; their results in order.
+
+        Args:
+            function: See `submit`.
+            iterables: Of its arguments, all of one length.
+        """
+        self._check_process()
+        return self._threads.map(function, *iterables)
 
     def release(self, result: Point) -> None:
         """Let the service free a forward state early; rides on the next call."""
@@ -224,7 +284,8 @@ class Client:
             self.let_go(result.state)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Wait for calls that were submitted, drop those that have not begun, and close the connections."""
+        self._threads.close()
         self._backend.close()
 
     def run(self, steps: Generator[Exchange, Reply, T]) -> T:
@@ -239,6 +300,9 @@ class Client:
         self._released.append(state)
 
     def _perform(self, exchange: Exchange) -> Reply:
+        return drive(self.registry.steps(exchange), self._exchange, FAILURES)
+
+    def _exchange(self, exchange: Exchange) -> Reply:
         began = time.perf_counter()
         reply: Reply = getattr(self._backend, exchange.name)(exchange.request, exchange.tensors, exchange.call)
         if self._observer is not None:
@@ -255,6 +319,7 @@ class Client:
             )
         self._pid = os.getpid()
         self._released = collections.deque(maxlen=_MAX_RELEASED)
+        self._threads = Threads()
 
     def __enter__(self) -> Client:
         return self
@@ -285,6 +350,7 @@ def _rebuild(
     retries: int,
     transport: httpx.BaseTransport | None,
     observer: Observer | None,
+    register: Registering,
 ) -> Client:
     return Client(
         target,
@@ -293,6 +359,7 @@ def _rebuild(
         retries=retries,
         transport=transport,
         observer=observer,
+        register=register,
     )
 
 
@@ -307,6 +374,16 @@ def http_options(url: str, api_key: str | None, retries: int) -> HttpOptions:
     return HttpOptions(
         url=url, api_key=None if api_key is None else SecretStr(api_key), policy=RetryPolicy(retries=retries)
     )
+
+
+def check_registering(value: str) -> None:
+    """Refuse a way of registering that there is not.
+
+    Raises:
+        ProblemError: with the ways that there are.
+    """
+    if value not in get_args(Registering):
+        raise ProblemError("register", repr(value), f"one of {', '.join(get_args(Registering))}")
 
 
 def load_backend(name: str) -> Backend:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from argrad.autograd import differentiable_solve
 from argrad.client import Client
+from argrad.compiled import solve_in_graph
 from argrad.errors import ProblemError
 from argrad.options import OnFailure, Options, check_choices
 from argrad.problems.form import Blocks
 from argrad.problems.sparse_tensors import is_sparse
 from argrad.recorded import Kind
 from argrad.sparse import differentiable_sparse_solve
+from argrad.warm import WarmStart
 from argrad.wire.messages import Gradients
 
 _DEFAULTS = Options()
@@ -70,6 +72,7 @@ def solve_qp(
     gradients: Gradients = "adjoint",
     timeout_s: float | None = None,
     request_id: str | None = None,
+    warm_start: WarmStart | None = None,
 ) -> QPSolution | BoundedQPSolution:
     """Solve minimise ½zᵀQz + qᵀz subject to Az = b, Gz ≤ h, lb ≤ z ≤ ub, differentiably in all of them.
 
@@ -102,6 +105,7 @@ def solve_qp(
             where the problem is solved. Under vmap they are formed here.
         timeout_s: Seconds for the solve, and for each of its derivatives; by default the client's.
         request_id: Of the solve and of its derivatives, in the service's log; drawn at random by default.
+        warm_start: Remembers the solution, and begins at the one that it remembers; not for sparse matrices.
 
     Returns:
         Solution and multipliers, in the dtype and on the device of the parameters.
@@ -113,7 +117,7 @@ def solve_qp(
             that does not exist here.
     """
     given = {"Q": Q, "q": q, "G": G, "h": h, "A": A, "b": b, "lb": lb, "ub": ub, "entropy": _tau(entropy, q)}
-    blocks = _solve(client, "qp", given, options, on_failure, gradients, timeout_s, request_id)
+    blocks = _solve(client, "qp", given, options, on_failure, gradients, timeout_s, request_id, warm_start)
     plain = QPSolution(*(blocks[name] for name in QPSolution._fields))
     if lb is None and ub is None:
         return plain
@@ -136,6 +140,7 @@ def solve_lp(
     gradients: Gradients = "adjoint",
     timeout_s: float | None = None,
     request_id: str | None = None,
+    warm_start: WarmStart | None = None,
 ) -> QPSolution | BoundedQPSolution:
     """Solve minimise cᵀz subject to Az = b, Gz ≤ h, lb ≤ z ≤ ub, differentiably: `solve_qp` without Q, c its q.
 
@@ -159,6 +164,7 @@ def solve_lp(
         gradients: See there.
         timeout_s: See there.
         request_id: See there.
+        warm_start: See there.
 
     Raises:
         ProblemError: see `solve_qp`; c is called `problem.q`.
@@ -180,6 +186,7 @@ def solve_lp(
         gradients=gradients,
         timeout_s=timeout_s,
         request_id=request_id,
+        warm_start=warm_start,
     )
 
 
@@ -196,6 +203,7 @@ def solve_two_sided_qp(
     gradients: Gradients = "adjoint",
     timeout_s: float | None = None,
     request_id: str | None = None,
+    warm_start: WarmStart | None = None,
 ) -> TwoSidedSolution:
     """Solve minimise ½xᵀPx + qᵀx subject to l ≤ Ax ≤ u, differentiably in all of them; see `solve_qp`.
 
@@ -211,6 +219,7 @@ def solve_two_sided_qp(
         gradients: See there.
         timeout_s: See there.
         request_id: See there.
+        warm_start: See there.
 
     Raises:
         ProblemError: see `solve_qp`.
@@ -218,7 +227,7 @@ def solve_two_sided_qp(
         GradientError: see `solve_qp`.
     """
     given = {"P": P, "q": q, "A": A, "l": l, "u": u}
-    blocks = _solve(client, "qp_two_sided", given, options, on_failure, gradients, timeout_s, request_id)
+    blocks = _solve(client, "qp_two_sided", given, options, on_failure, gradients, timeout_s, request_id, warm_start)
     return TwoSidedSolution(x=blocks["x"], y=blocks["y"])
 
 
@@ -231,10 +240,23 @@ def _solve(
     gradients: Gradients,
     timeout_s: float | None,
     request_id: str | None,
+    warm_start: WarmStart | None,
 ) -> Blocks:
-    check_choices(on_failure, gradients)
     present = _present(given)
-    if kind == "qp" and is_sparse(present):
+    is_sparse_problem = kind == "qp" and is_sparse(present)
+    if torch.compiler.is_compiling() and not is_sparse_problem:
+        return solve_in_graph(
+            client,
+            kind,
+            present,
+            options=options,
+            on_failure=on_failure,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            start=warm_start,
+        )
+    check_choices(on_failure, gradients)
+    if is_sparse_problem:
         return differentiable_sparse_solve(
             client,
             present,
@@ -253,6 +275,7 @@ def _solve(
         on_failure=on_failure,
         timeout_s=timeout_s,
         request_id=request_id,
+        start=warm_start,
     )
 
 

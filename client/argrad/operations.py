@@ -12,6 +12,7 @@ from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
+import torch
 from torch import Tensor
 
 from argrad.backend import Call
@@ -35,9 +36,10 @@ from argrad.wire.messages import (
     TensorMap,
     VjpReply,
     VjpRequest,
+    WarmStartDocument,
 )
 
-Name = Literal["solve", "vjp", "jvp"]
+Name = Literal["solve", "vjp", "jvp", "register"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +73,12 @@ class Place:
     state: str | None
 
 
-def form_of(problem: QP | Form) -> Form:
+def form_of(problem: QP | Form, trusted: Collection[str] = ()) -> Form:
     """A problem in the caller's form, checked, values included.
+
+    Args:
+        problem: Of either kind.
+        trusted: Parameters whose values were checked before.
 
     Raises:
         ProblemError: a value is not finite.
@@ -80,7 +86,7 @@ def form_of(problem: QP | Form) -> Form:
     if isinstance(problem, Form):
         return problem
     parameters = problem.parameters()
-    return form_of_sparse(parameters) if is_sparse(parameters) else parse("qp", parameters)
+    return form_of_sparse(parameters) if is_sparse(parameters) else parse("qp", parameters, trusted=trusted)
 
 
 def kind_of(form: Form) -> Literal["qp", "qp_two_sided", "sparse_qp"]:
@@ -131,7 +137,7 @@ def solve(
     gradients: Gradients = "full",
     failed_gradients: FailedGradients = "nan",
     keep_state: bool | None = None,
-    warm_start: Mapping[str, Tensor] | None = None,
+    warm_start: Mapping[str, Tensor] | Point | None = None,
     check: bool = True,
 ) -> Generator[Exchange, Reply, SolveResult]:
     """POST /v1/solve; see `Client.solve`."""
@@ -142,10 +148,12 @@ def solve(
     tensors = named("problem", form.parameters)
     if upstream is not None:
         check_upstream(form, upstream)
-        tensors |= named("upstream", upstream)
-    if warm_start is not None:
-        form.point(warm_start, section="warm_start")
-        tensors |= named("warm_start", warm_start)
+        tensors |= _directions("upstream", upstream, options)
+    start: WarmStartDocument | None = None
+    if isinstance(warm_start, Point) and warm_start.state is not None:
+        start, call = WarmStartDocument(state=warm_start.state), replace(call, affinity=warm_start.affinity)
+    elif warm_start is not None:
+        tensors |= _start(form, warm_start)
     request = SolveRequest(
         problem=ProblemDocument(kind=kind_of(form)),
         solver=options.solver_document,
@@ -154,8 +162,19 @@ def solve(
         gradients=gradients,
         failed_gradients=failed_gradients,
         keep_state=keep_state,
+        deterministic=options.deterministic,
+        warm_start=start,
+        precision=options.precision,
     )
-    message, out = yield Exchange("solve", request, tensors, call)
+    began = time.monotonic()
+    try:
+        message, out = yield Exchange("solve", request, tensors, call)
+    except StateGoneError:
+        if start is None or warm_start is None:
+            raise
+        request = request.model_copy(update={"warm_start": None})
+        tensors = tensors | _start(form, warm_start)
+        message, out = yield Exchange("solve", request, tensors, less(call, time.monotonic() - began))
     reply = cast("SolveReply", message)
     like = form.problem.q
     result = SolveResult(
@@ -170,6 +189,21 @@ def solve(
         gradient_statuses=one_each(reply.gradient_status),
     )
     return result.check() if check else result
+
+
+def _directions(section: str, tensors: Mapping[str, Tensor], options: Options) -> TensorMap:
+    """Cotangents or tangents in the precision in which they travel."""
+    is_narrow = options.precision == "float32"
+    return named(section, {name: tensor.float() if is_narrow else tensor for name, tensor in tensors.items()})
+
+
+def _start(form: Form, warm_start: Mapping[str, Tensor] | Point) -> TensorMap:
+    """A warm start as tensors. Rows of problems that failed hold what is not finite: those begin at 0."""
+    if isinstance(warm_start, Point):
+        blocks = {name: block for name, block in warm_start.solution.items() if name != "s"}
+        warm_start = {name: torch.nan_to_num(block, 0.0, 0.0, 0.0) for name, block in blocks.items()}
+    form.point(warm_start, section="warm_start")
+    return named("warm_start", warm_start)
 
 
 def vjp_at(
@@ -242,8 +276,9 @@ def vjp(
         wrt=None if wrt is None else list(wrt),
         gradients=gradients,
         failed_gradients=failed_gradients,
+        precision=options.precision,
     )
-    message, out = yield from _at("vjp", place, request, named("upstream", upstream), call)
+    message, out = yield from _at("vjp", place, request, _directions("upstream", upstream, options), call)
     reply = cast("VjpReply", message)
     like = next(iter(place.parameters.values()))
     return GradientResult(
@@ -268,8 +303,9 @@ def jvp(
         solver=options.solver_document,
         differentiation=options.differentiation_document,
         failed_gradients=failed_gradients,
+        precision=options.precision,
     )
-    message, out = yield from _at("jvp", place, request, named("tangents", tangents), call)
+    message, out = yield from _at("jvp", place, request, _directions("tangents", tangents, options), call)
     reply = cast("JvpReply", message)
     like = next(iter(place.parameters.values()))
     return TangentResult(
@@ -291,10 +327,15 @@ def _at(name: Name, place: Place, request: Message, direction: TensorMap, call: 
     # s = h − Gz needs not travel.
     solution = {key: block for key, block in place.solution.items() if key != "s"}
     tensors = named("problem", place.parameters) | named("solution", solution) | direction
-    return (yield Exchange(name, request, tensors, _less(call, time.monotonic() - began)))
+    return (yield Exchange(name, request, tensors, less(call, time.monotonic() - began)))
 
 
-def _less(call: Call, elapsed_s: float) -> Call:
+def less(call: Call, elapsed_s: float) -> Call:
+    """What is left of a call after some seconds.
+
+    Raises:
+        DeadlineExceededError: nothing is.
+    """
     if call.timeout_s is None:
         return call
     if elapsed_s >= call.timeout_s:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Literal, get_args
+
+import orjson
 
 from argrad.problems import check_names
 from argrad.validation import validate
-from argrad.wire.messages import DifferentiationDocument, Gradients, SolverDocument, SolveRequest
+from argrad.wire.messages import DifferentiationDocument, Gradients, Precision, SolverDocument, SolveRequest
 
 OnFailure = Literal["raise", "nan", "zero_grad"]
 
@@ -24,6 +27,9 @@ class Options:
         method: A differentiation method of `Client.solvers()`, or `auto`.
         solver_options: Options of that solver alone, by name, as `Client.solvers()` lists them.
         method_options: Options of that method alone.
+        deterministic: Solve unpadded and alone: the same bits for the same call, whatever else a service is solving.
+        precision: `float32` halves what travels of solutions, cotangents, gradients and reports, to seven digits; the
+            problem goes as it is, is solved in float64, and results come in its dtype.
 
     Raises:
         ProblemError: a value is out of range, in the service's own words. Own options are checked where the problem is
@@ -36,8 +42,11 @@ class Options:
     method: str = "auto"
     solver_options: Mapping[str, bool | float | str | None] = field(default_factory=dict)
     method_options: Mapping[str, bool | float | str | None] = field(default_factory=dict)
+    deterministic: bool = False
+    precision: Precision = "float64"
     solver_document: SolverDocument = field(init=False, repr=False, compare=False)
     differentiation_document: DifferentiationDocument = field(init=False, repr=False, compare=False)
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         solver = {
@@ -47,9 +56,26 @@ class Options:
             "options": dict(self.solver_options),
         }
         differentiation = {"method": self.method, "options": dict(self.method_options)}
-        checked = validate(SolveRequest, {"solver": solver, "differentiation": differentiation})
+        checked = validate(
+            SolveRequest,
+            {
+                "solver": solver,
+                "differentiation": differentiation,
+                "deterministic": self.deterministic,
+                "precision": self.precision,
+            },
+        )
         object.__setattr__(self, "solver_document", checked.solver)
         object.__setattr__(self, "differentiation_document", checked.differentiation)
+        # A compiled graph, which holds no objects, holds this.
+        chosen = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+        object.__setattr__(self, "text", orjson.dumps(chosen, default=dict).decode())
+
+    @classmethod
+    @lru_cache(maxsize=128)
+    def from_text(cls, text: str) -> Options:
+        """The options whose `text` it is."""
+        return cls(**orjson.loads(text))
 
 
 def check_choices(on_failure: str, gradients: str) -> None:

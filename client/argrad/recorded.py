@@ -17,12 +17,20 @@ from argrad.options import OnFailure, Options
 from argrad.problems import check_finite
 from argrad.problems.form import Blocks
 from argrad.problems.formed import DIMENSIONS_BY_KIND
+from argrad.warm import WarmStart
 from argrad.wire.messages import FailedGradients, Gradients
 
 Kind = Literal["qp", "qp_two_sided", "sparse_qp"]
 
 ADJOINT_NAMES = {"z": "z", "nu": "nu", "lam": "mu", "lam_lb": "mu_lb", "lam_ub": "mu_ub", "x": "x", "y": "y"}
 """Block of the adjoint that belongs to each block of a solution, and has its shape; the slack has none."""
+
+
+def block_names(kind: Kind, names: Sequence[str]) -> tuple[str, ...]:
+    """Blocks of a solution in order, where parameters of those names are given."""
+    if kind == "qp_two_sided":
+        return "x", "y"
+    return "z", "nu", "lam", "s", *[f"lam_{name}" for name in ("lb", "ub") if name in names]
 
 
 class State:
@@ -56,6 +64,7 @@ class Recorded:
         on_failure: What happens to problems without a solution or a gradient.
         call: Deadline, request id and affinity, the same for the derivatives.
         keep_state: Whether a derivative may be asked for.
+        start: Where the solver begins; gets the solution.
         state: What the service keeps, if it does.
         failed: Problems without a solution.
         batched: Parameters with a batch dimension, as they were sent.
@@ -70,6 +79,7 @@ class Recorded:
     on_failure: OnFailure
     call: Call
     keep_state: bool
+    start: WarmStart | None = None
     state: State | None = None
     failed: tuple[int, ...] = ()
     batched: frozenset[str] = frozenset()
@@ -78,10 +88,7 @@ class Recorded:
     ranks: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.kind == "qp_two_sided":
-            self.blocks = ("x", "y")
-        else:
-            self.blocks = ("z", "nu", "lam", "s", *(f"lam_{name}" for name in ("lb", "ub") if name in self.names))
+        self.blocks = block_names(self.kind, self.names)
         dimensions = DIMENSIONS_BY_KIND[self.kind]
         self.ranks = tuple(len(dimensions[name]) for name in self.names)
 

@@ -9,7 +9,8 @@ from torch import nn
 from argrad.client import Client
 from argrad.operations import check_timeout
 from argrad.options import OnFailure, Options, check_choices
-from argrad.wire.messages import Gradients
+from argrad.warm import WarmStart
+from argrad.wire.messages import Gradients, Precision
 
 
 class ProblemLayer(nn.Module):
@@ -30,6 +31,10 @@ class ProblemLayer(nn.Module):
         gradients: `adjoint` or `full`; see there.
         timeout_s: Seconds for each solve, and each backward; by default the client's.
         return_duals: Return the whole solution, with its multipliers, in place of z.
+        deterministic: See `argrad.Options`.
+        precision: See there.
+        warm_start: Begin each solve at the last solution of the layer, if it is of the same sizes, batch included; see
+            `argrad.WarmStart`.
 
     Raises:
         ProblemError: an option cannot have that value.
@@ -49,6 +54,9 @@ class ProblemLayer(nn.Module):
         gradients: Gradients = "adjoint",
         timeout_s: float | None = None,
         return_duals: bool = False,
+        deterministic: bool = False,
+        precision: Precision = "float64",
+        warm_start: bool = False,
     ) -> None:
         super().__init__()
         check_choices(on_failure, gradients)
@@ -60,9 +68,12 @@ class ProblemLayer(nn.Module):
             method=method,
             solver_options=solver_options or {},
             method_options=method_options or {},
+            deterministic=deterministic,
+            precision=precision,
         )
         self.on_failure, self.gradients = on_failure, gradients
         self.timeout_s, self.return_duals = timeout_s, return_duals
+        self.warm_start = WarmStart() if warm_start else None
         self.client = Client(client) if isinstance(client, str) else client
 
     def extra_repr(self) -> str:

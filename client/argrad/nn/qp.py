@@ -49,5 +49,6 @@ class QPLayer(ProblemLayer):
             on_failure=self.on_failure,
             gradients=self.gradients,
             timeout_s=self.timeout_s,
+            warm_start=self.warm_start,
         )
         return solution if self.return_duals else solution.z

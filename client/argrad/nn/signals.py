@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from argrad.nn.quadratic import Answer, QuadraticLayer, Size, column, identity
+from argrad.nn.quadratic import Answer, QuadraticLayer, Size, column, identity, zeros
 
 
 def differences(n: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
@@ -60,10 +60,10 @@ class TotalVariation(QuadraticLayer):
         costs = column(weight, y)
         batch = next((part.shape[:1] for part in (y, costs) if part.ndim > 1), ())
         q = torch.cat([-y.expand(*batch, y.shape[-1]), costs.expand(*batch, m)], dim=-1)
-        Q = pad(identity(y), (0, m, 0, m))
+        fixed = self._fixed(y, m, lambda: {"Q": pad(identity(y), (0, m, 0, m)), "h": zeros(2 * m, y)})
         minus_t = -torch.eye(m, dtype=D.dtype, device=D.device).expand(*D.shape[:-2], m, m)
         G = torch.cat([torch.cat([D, minus_t], dim=-1), torch.cat([-D, minus_t], dim=-1)], dim=-2)
-        solution = self._solve(Q, q, G=G, h=y.new_zeros(2 * m))
+        solution = self._solve(fixed["Q"], q, G=G, h=fixed["h"])
         return solution if self.return_duals else solution.z[..., :n]
 
 
@@ -103,8 +103,12 @@ class EnergySchedule(QuadraticLayer):
             GradientError: see there.
         """
         slots = demand.shape[-1]
-        D = differences(slots, dtype=demand.dtype, device=demand.device)
+        fixed = self._fixed(demand, None, lambda: self._constants(demand))
         limits = column(ramp, demand)
         h = limits.expand(*limits.shape[:-1], 2 * (slots - 1))
-        solution = self._solve(identity(demand), -demand, G=torch.cat([D, -D]), h=h, lb=lb, ub=ub)
+        solution = self._solve(fixed["Q"], -demand, G=fixed["G"], h=h, lb=lb, ub=ub)
         return solution if self.return_duals else solution.z
+
+    def _constants(self, demand: Tensor) -> dict[str, Tensor]:
+        D = differences(demand.shape[-1], dtype=demand.dtype, device=demand.device)
+        return {"Q": identity(demand), "G": torch.cat([D, -D])}

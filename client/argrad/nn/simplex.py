@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from argrad.nn.quadratic import Answer, QuadraticLayer, Size, column, identity
+from argrad.nn.quadratic import Answer, QuadraticLayer, Size, column, identity, ones, zeros
 from argrad.nn.separable import LARGE, share
 from argrad.problems.rows import stack
 
@@ -14,14 +14,15 @@ from argrad.problems.rows import stack
 def _is_large(layer: QuadraticLayer, y: Tensor, other: Tensor | None) -> bool:
     """Whether it is one problem, large enough to travel as a sparse one, and x alone is wanted."""
     is_one = y.ndim == 1 and (other is None or other.ndim == 1)
-    return is_one and y.shape[0] >= LARGE and not layer.return_duals
+    # A compiled graph has no sparse tensors.
+    return is_one and not torch.compiler.is_compiling() and y.shape[0] >= LARGE and not layer.return_duals
 
 
 class SimplexProjection(QuadraticLayer):
     """argmin ½‖x − y‖² subject to 1ᵀx = r, x ≥ 0; arguments as `ProblemLayer` has them.
 
     One problem of 256 variables or more, without a batch, travels as a sparse one and is solved in the time of a sort;
-    it has first derivatives only, and no vmap.
+    it has first derivatives only, and no vmap. Inside `torch.compile` it stays dense.
 
     On the support, where x > 0, it is y − θ with one θ for all: ∂x/∂y = I − 11ᵀ/|support| there and 0 elsewhere, and
     ∂x/∂r = 1/|support|.
@@ -47,9 +48,9 @@ class SimplexProjection(QuadraticLayer):
         total = column(radius, y)
         if _is_large(self, y, total):
             return share(self, y, total, None)
-        ones = y.new_ones(1, y.shape[-1])
-        lb = y.new_zeros(y.shape[-1])
-        solution = self._solve(identity(y), -y, A=ones, b=total, lb=lb)
+        n = y.shape[-1]
+        fixed = self._fixed(y, None, lambda: {"Q": identity(y), "A": ones((1, n), y), "lb": zeros(n, y)})
+        solution = self._solve(fixed["Q"], -y, A=fixed["A"], b=total, lb=fixed["lb"])
         return solution if self.return_duals else solution.z
 
 
@@ -96,14 +97,15 @@ class Sparsemax(QuadraticLayer):
         n = y.shape[-1]
         if G is None and A is None and h is None and b is None and _is_large(self, y, u):
             return share(self, y, y.new_ones(1), u)
+        fixed = self._fixed(y, None, lambda: {"Q": identity(y), "lb": zeros(n, y)})
         solution = self._solve(
-            identity(y),
+            fixed["Q"],
             -y,
             G=G,
             h=h,
             A=stack([y.new_ones(1, n), *(() if A is None else (A,))], rank=2),
             b=stack([y.new_ones(1), *(() if b is None else (b,))], rank=1),
-            lb=y.new_zeros(n),
+            lb=fixed["lb"],
             ub=u,
         )
         return solution if self.return_duals else solution.z
@@ -135,6 +137,6 @@ class TopK(QuadraticLayer):
             GradientError: see there; a second derivative has none.
         """
         n = c.shape[-1]
-        ones = c.new_ones(1, n)
-        solution = self._solve(None, -c, A=ones, b=column(k, c), ub=torch.ones_like(ones[0]), entropy=tau)
+        row = c.new_ones(1, n)
+        solution = self._solve(None, -c, A=row, b=column(k, c), ub=torch.ones_like(row[0]), entropy=tau)
         return solution if self.return_duals else solution.z
