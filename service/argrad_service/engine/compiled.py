@@ -15,7 +15,7 @@ from argrad_service.engine.data import Data, Residuals
 from argrad_service.engine.kernels import batch as kernels
 from argrad_service.engine.kernels.active_set import NOT_DEFINITE
 from argrad_service.engine.kernels.lapack import LETTERS, Lapack, load
-from argrad_service.engine.kernels.pool import over_batch
+from argrad_service.engine.kernels.pool import blas_for, over_batch
 from argrad_service.engine.options import ShouldStop, never_stop
 from argrad_service.engine.point import Finished
 
@@ -112,12 +112,13 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
     active, steps = np.zeros((batch, r), np.bool_), np.zeros(batch, np.int64)
     z, y, s = np.zeros((batch, n)), np.zeros((batch, r)), np.zeros((batch, r - data.p))
     report = np.zeros((batch, 5))
-    if ready is not None or not shares_q or kernels.factor_hessian(lapack, Q[0], factors.L[0], work):
-        # With one problem nothing is shared: the kernel does everything.
-        if shares_both and ready is None:
-            kernels.whiten(lapack, factors.L[0], C[0], factors.X[0], factors.scale[0], work)
+    with blas_for(n**3 / 3 + (r * n * n + r * r * n if shares_both else 0)):
+        is_definite = ready is not None or not shares_q or kernels.factor_hessian(lapack, Q[0], L[0], work)
+        if is_definite and shares_both and ready is None:
+            kernels.whiten(lapack, L[0], C[0], X[0], scale[0], work)
             if r <= n:
-                kernels.full_gram(lapack, factors.X[0], gram[0], work)
+                kernels.full_gram(lapack, X[0], gram[0], work)
+    if is_definite:
         f = factors
         outputs = (f.L, f.X, f.scale, gram, f.S, f.index, f.count, active, z, y, s, report, steps, code)
 

@@ -55,6 +55,15 @@ class _OneBlasThread:
 _ONE_BLAS_THREAD = _OneBlasThread()
 
 
+def blas_for(work: float) -> contextlib.AbstractContextManager[None]:
+    """BLAS with as many threads as help one problem: another one must be woken, which on busy cores takes milliseconds.
+
+    Args:
+        work: Rough number of floating-point operations.
+    """
+    return contextlib.nullcontext() if work < LAPACK_WORK or work > THREADED_WORK else _ONE_BLAS_THREAD
+
+
 def over_batch(
     kernel: Callable[[int, int], None], batch: int, *, work: float, should_stop: ShouldStop = never_stop
 ) -> None:
@@ -80,7 +89,7 @@ def over_batch(
     pieces = min(batch, max(1 if is_small else threads * PIECES_PER_THREAD, math.ceil(batch * work / PIECE_WORK)))
     edges = [batch * i // pieces for i in range(pieces + 1)]
     if is_small:
-        with contextlib.nullcontext() if work < LAPACK_WORK or work > THREADED_WORK else _ONE_BLAS_THREAD:
+        with blas_for(work):
             for start, stop in itertools.pairwise(edges):
                 run(start, stop)
         return
