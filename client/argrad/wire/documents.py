@@ -14,6 +14,8 @@ from argrad.wire.errors import UnreadableBodyError
 from argrad.wire.messages import Message
 
 _MAX_MEMBERS = 1000
+_SHORT = 4096
+"""Characters in which there is no room for so many."""
 
 
 def parse_object(where: str, text: bytes | bytearray | str) -> dict[str, Any]:
@@ -36,6 +38,8 @@ def parse_object(where: str, text: bytes | bytearray | str) -> dict[str, Any]:
         raise ProblemError(where, in_words(document), "a JSON object")
     # orjson keeps the last of two equal keys. Every member has a colon, so a repeated key leaves a colon too many;
     # so does a colon inside a string, and only then the slower parser looks.
+    if _is_as_written(document, text):
+        return document
     members = _members(document)
     if members > _MAX_MEMBERS:
         raise ProblemError(where, f"{members} members", f"at most {_MAX_MEMBERS}")
@@ -67,9 +71,22 @@ def parse_header(where: str, text: bytes) -> Any:
             value = orjson.loads(text)
         except orjson.JSONDecodeError:
             return parse_strictly(where, text)
+        if _is_as_written(value, text) and isinstance(value, dict):
+            return value
         if isinstance(value, dict) and text.count(b":") == _members(value) + _colons(value):
             return value
     return parse_strictly(where, text)
+
+
+def _is_as_written(value: Any, text: bytes | bytearray | str) -> bool:
+    """Whether short JSON is what orjson writes for its value, as headers of ours are: then no key stands twice."""
+    if len(text) > _SHORT:
+        return False
+    try:
+        written = orjson.dumps(value)
+    except orjson.JSONEncodeError:  # nested more deeply than it writes
+        return False
+    return written == (text.encode() if isinstance(text, str) else text.rstrip(b" "))
 
 
 def _colons(value: dict[str, Any]) -> int:
