@@ -60,7 +60,28 @@ def differentiable_sparse_solve(
         ProblemError: a parameter does not fit; nothing was sent.
         SolveError: there is no solution, under `on_failure="raise"`.
     """
-    parts = take_apart(given)
+    return solve_parts(
+        client,
+        take_apart(given),
+        options=options,
+        gradients=gradients,
+        on_failure=on_failure,
+        timeout_s=timeout_s,
+        request_id=request_id,
+    )
+
+
+def solve_parts(
+    client: Client,
+    parts: Blocks,
+    *,
+    options: Options,
+    gradients: messages.Gradients,
+    on_failure: OnFailure,
+    timeout_s: float | None,
+    request_id: str | None,
+) -> Blocks:
+    """`differentiable_sparse_solve` of parameters of kind `sparse_qp`, in their order."""
     record = Recorded(
         client=client,
         kind="sparse_qp",

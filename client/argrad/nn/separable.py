@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from argrad.functional import QPSolution, solve_qp
 from argrad.nn.layer import ProblemLayer
+from argrad.problems.form import Blocks
+from argrad.problems.sparse import SPARSE
+from argrad.sparse import solve_parts
 
 LARGE = 256
 """Variables from which a problem without a batch travels as a sparse one. It is solved by a search over breakpoints."""
@@ -23,30 +25,31 @@ def share(layer: ProblemLayer, y: Tensor, total: Tensor, upper: Tensor | None) -
         total: `(1,)`.
         upper: `(n,)`, or None for no bound.
     """
-    n = len(y)
-    i, ones, zeros = torch.arange(n, device=y.device), y.new_ones(n), y.new_zeros(n)
-    identity = _sparse(torch.stack([i, i]), ones, (n, n))
-    if upper is None:
-        G, h = _sparse(torch.stack([i, i]), -ones, (n, n)), zeros
-    else:
-        both = torch.stack([torch.arange(2 * n, device=y.device), torch.cat([i, i])])
-        G, h = _sparse(both, torch.cat([ones, -ones]), (2 * n, n)), torch.cat([upper, zeros])
-    A = _sparse(torch.stack([torch.zeros_like(i), i]), ones, (1, n))
-    solution = solve_qp(
+    fixed = _fixed(len(y), upper is not None, y.dtype, y.device)
+    h = y.new_zeros(len(y)) if upper is None else torch.cat([upper, y.new_zeros(len(y))])
+    given = fixed | {"q": -y, "h": h, "b": total}
+    found = solve_parts(
         layer.client,
-        identity,
-        -y,
-        G,
-        h,
-        A,
-        total,
+        {name: given[name] for name in SPARSE},
         options=layer.options,
         on_failure=layer.on_failure,
         gradients=layer.gradients,
         timeout_s=layer.timeout_s,
+        request_id=None,
     )
-    return cast("QPSolution", solution).z
+    return found["z"]
 
 
-def _sparse(where: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_coo_tensor(where, values, shape, is_coalesced=True, check_invariants=False)
+@lru_cache(maxsize=16)
+@torch.inference_mode(mode=False)
+def _fixed(n: int, is_bounded: bool, dtype: torch.dtype, device: torch.device) -> Blocks:
+    """Q = I, A = 1ᵀ and G = [I; −I], or −I, in CSR: the same at every call, and never changed."""
+    i, ones = torch.arange(n, device=device), torch.ones(n, dtype=dtype, device=device)
+    G = (torch.cat([i, i]), torch.cat([ones, -ones])) if is_bounded else (i, -ones)
+    matrices = {"Q": (i, ones), "G": G, "A": (i, ones)}
+    starts = {name: torch.arange(len(column) + 1, device=device) for name, (column, _) in matrices.items()}
+    starts["A"] = torch.tensor([0, n], device=device)
+    parts: Blocks = {}
+    for name, (column, values) in matrices.items():
+        parts |= {f"{name}_indptr": starts[name], f"{name}_indices": column, f"{name}_values": values}
+    return parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -73,18 +74,42 @@ class SparseForward(Outcome):
 
 def stack(problem: SparseQP) -> Problem:
     """Symmetrise Q, stack the rows and empty those with h = +inf."""
-    n = problem.n
-    blocks = {name: csr(matrix, as_array(matrix.values)) for name, matrix in problem.matrices.items()}
-    Q = blocks.get("Q", sparse.csr_matrix((n, n)))
     h = np.zeros(0) if problem.h is None else as_array(problem.h)
     b = np.zeros(0) if problem.b is None else as_array(problem.b)
-    G, A = (blocks.get(name, sparse.csr_matrix((0, n))) for name in ("G", "A"))
+    C = _rows([problem.matrices[name] for name in ("A", "G") if name in problem.matrices], problem.n)
     is_bound = np.isfinite(h)
     if not is_bound.all():
-        G, h = sparse.diags(is_bound.astype(float)) @ G, np.where(is_bound, h, 1.0)
-    C = sparse.vstack([A, G], format="csr")
-    C.eliminate_zeros()
-    return Problem(Q=(0.5 * (Q + Q.T)).tocsc(), q=as_array(problem.q), C=C, d=np.concatenate([b, h]), p=len(b))
+        C = sparse.diags(np.concatenate([np.ones(len(b)), is_bound])) @ C
+        h = np.where(is_bound, h, 1.0)
+    if not C.data.all():
+        C.eliminate_zeros()
+    Q = _hessian(problem.matrices.get("Q"), problem.n)
+    return Problem(Q=Q, q=as_array(problem.q), C=C, d=np.concatenate([b, h]), p=len(b))
+
+
+def _rows(matrices: Sequence[SparseMatrix], n: int) -> Matrix:
+    """Matrices one above the other; SciPy's way of doing so takes longer than a search over breakpoints."""
+    ends, indptr = 0, [np.zeros(1, np.int64)]
+    for matrix in matrices:
+        indptr.append(matrix.indptr[1:].cpu().numpy() + ends)
+        ends += len(matrix.indices)
+    indices = [np.zeros(0, np.int64), *(matrix.indices.cpu().numpy() for matrix in matrices)]
+    values = [np.zeros(0), *(as_array(matrix.values) for matrix in matrices)]
+    starts = np.concatenate(indptr)
+    parts = (np.concatenate(values), np.concatenate(indices), starts)
+    return sparse.csr_matrix(parts, shape=(len(starts) - 1, n))
+
+
+def _hessian(matrix: SparseMatrix | None, n: int) -> Matrix:
+    """The symmetric part of Q, CSC."""
+    if matrix is None:
+        return sparse.csc_matrix((n, n))
+    values, indices, indptr = as_array(matrix.values), matrix.indices.cpu().numpy(), matrix.indptr.cpu().numpy()
+    diagonal = np.arange(n + 1)
+    if np.array_equal(indptr, diagonal) and np.array_equal(indices, diagonal[:n]) and values.all():
+        return sparse.csc_matrix((values, indices, indptr), shape=(n, n))
+    Q = csr(matrix, values)
+    return (0.5 * (Q + Q.T)).tocsc()
 
 
 def csr(matrix: SparseMatrix, values: Vector, rows: int | None = None) -> Matrix:
