@@ -177,3 +177,25 @@ def test_the_gradient_of_a_shared_parameter_is_the_sum_over_the_batch_and_k_stan
     one = gradients(solution, Adjoint(z=adjoint.z[2], nu=adjoint.nu[2], mu=adjoint.mu[2]), wrt=names, batched=names)
     for name in names:
         torch.testing.assert_close(one[name], batched[name][2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("k", [(), (3,)])
+def test_large_outer_products_are_the_same_as_small_ones(k: tuple[int, ...]) -> None:
+    """From some size on they are formed by a product of matrices."""
+    n, m, generator = 40, 30, torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    z, lam, empty = draw(2, n), draw(2, m), torch.empty(2, 0, dtype=torch.float64)
+    d_z, mu = draw(*k, 2, n), draw(*k, 2, m)
+    found = gradients(
+        Solution(z=z, nu=empty, lam=lam, s=lam),
+        Adjoint(z=d_z, nu=empty.expand(*k, 2, 0), mu=mu),
+        wrt=["Q", "G"],
+        batched=["Q", "G"],
+    )
+    Q = torch.einsum("...bi,bj->...bij", d_z, z)
+    G = torch.einsum("...bi,bj->...bij", mu, z) + torch.einsum("bi,...bj->...bij", lam, d_z)
+    torch.testing.assert_close(found["Q"], 0.5 * (Q + Q.mT), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(found["G"], G, rtol=1e-14, atol=1e-14)

@@ -25,6 +25,9 @@ from argrad.problems.shapes import batch_size, check_finite, check_parameters, c
 PARAMETERS = ("Q", "q", "G", "h", "A", "b", "entropy")
 """The parameters of a QP, in the order in which every signature takes them."""
 
+_SMALL = 1024
+"""Entries of an outer product from which many of them are bound by memory."""
+
 PRIMAL_DUAL = ("z", "nu", "lam", "s")
 """The blocks of a solution, in the order in which every signature returns them."""
 
@@ -214,12 +217,12 @@ def gradients(
     for name in wrt:
         is_batched = name in batched
         if name == "Q":
-            half = 0.5 * outer(adjoint.z, z, is_batched)
-            formed[name] = half + half.transpose(-1, -2)
+            half = 0.5 * adjoint.z
+            formed[name] = outer_pair(half, z, z, half, is_batched)
         elif name == "G":
-            formed[name] = outer(adjoint.mu, z, is_batched) + outer(lam, adjoint.z, is_batched)
+            formed[name] = outer_pair(adjoint.mu, z, lam, adjoint.z, is_batched)
         elif name == "A":
-            formed[name] = outer(adjoint.nu, z, is_batched) + outer(nu, adjoint.z, is_batched)
+            formed[name] = outer_pair(adjoint.nu, z, nu, adjoint.z, is_batched)
         elif name == "entropy":
             each = (adjoint.z * log_slope(z)).sum(dim=-1)
             formed[name] = each if is_batched else each.sum(dim=-1)
@@ -234,8 +237,15 @@ def log_slope(z: Tensor) -> Tensor:
     return 1 + torch.where(z > 0, z, 1.0).log()
 
 
-def outer(left: Tensor, right: Tensor, is_batched: bool) -> Tensor:
-    """Outer products left rightᵀ of each problem, `(…, B, r, c)`, or their sum over the batch, `(…, r, c)`."""
-    if is_batched:
-        return left.unsqueeze(-1) * right.unsqueeze(-2)
-    return left.transpose(-1, -2) @ right
+def outer_pair(left: Tensor, right: Tensor, left2: Tensor, right2: Tensor, is_batched: bool) -> Tensor:
+    """Sums left rightᵀ + left2 right2ᵀ of each problem, `(…, B, r, c)`, or of the batch, `(…, r, c)`.
+
+    Where memory is what takes the time, one product of rank two writes the result once; small ones each cost a call.
+    """
+    if not is_batched:
+        return left.transpose(-1, -2) @ right + left2.transpose(-1, -2) @ right2
+    if left.shape[-1] * right.shape[-1] < _SMALL:
+        return left.unsqueeze(-1) * right.unsqueeze(-2) + left2.unsqueeze(-1) * right2.unsqueeze(-2)
+    # One of a pair may have k in front.
+    columns = torch.stack(torch.broadcast_tensors(left, left2), dim=-1)  # type: ignore[no-untyped-call]
+    return columns @ torch.stack(torch.broadcast_tensors(right, right2), dim=-2)  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from argrad.problems.form import Blocks, Form
-from argrad.problems.qp import Adjoint, Solution, gradients, outer
+from argrad.problems.qp import Adjoint, Solution, gradients, outer_pair
 from argrad.problems.rows import TWO_SIDED
 from argrad.problems.shapes import Dimensions, check_names
 
@@ -52,7 +52,7 @@ class TwoSidedQP(Form):
         if "A" in wrt:
             y, d_y = self._duals(solution.nu, solution.lam), self._duals(adjoint.nu, adjoint.mu)
             is_batched = "A" in self.batched
-            formed["A"] = outer(d_y, solution.z, is_batched) + outer(y, adjoint.z, is_batched)
+            formed["A"] = outer_pair(d_y, solution.z, y, adjoint.z, is_batched)
         both = dict(zip(("l", "u"), self.row_map.bound_gradients(solution, adjoint), strict=True))
         return formed | {n: t if n in self.batched else t.sum(dim=-2) for n, t in both.items() if n in wrt}
 
