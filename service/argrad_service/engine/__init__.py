@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from argrad.problems import QP, Solution, Status
 from argrad.problems.sparse import SparseQP
 from argrad_service.engine.data import Data, stack
 from argrad_service.engine.finish import Guess
+from argrad_service.engine.forward import pivoting
 from argrad_service.engine.forward.fallback import fall_back
 from argrad_service.engine.options import SolverOptions, Stopped
 from argrad_service.engine.outcome import Backward, Forward, Outcome, Tangents
@@ -129,7 +131,10 @@ def at_point(
         return cast("Outcome", _sparse().at_point(problem, solution, options=options))
     problem, data = _prepare(problem, device, prepared)
     guess = _guess(data, solution)
-    return conclude(problem, data, point_of(data, guess), options, solver=CALLER)
+    chosen, own = find_solver(AUTO, data, replace(options, own={}), None)
+    is_compiled = chosen.module is pivoting and data.q.device.type == "cpu"
+    point = pivoting.take_over(data, guess, own) if is_compiled else None
+    return conclude(problem, data, point or point_of(data, guess), options, solver=CALLER)
 
 
 def vjp(
