@@ -17,6 +17,7 @@ from argrad.client import (
     DEFAULT_RETRIES,
     DEFAULT_TIMEOUT_S,
     LOCAL,
+    check_compression,
     check_registering,
     http_options,
     load_backend,
@@ -29,6 +30,7 @@ from argrad.problems import QP, Form
 from argrad.registered import FAILURES, Kind, Registered, Registering, Registry, handle_for, register
 from argrad.results import GradientResult, Point, SolveResult, TangentResult
 from argrad.transport.aio import AsyncHttpBackend
+from argrad.transport.calls import Compression
 from argrad.transport.exchange import drive_async
 from argrad.wire.messages import (
     FailedGradients,
@@ -114,6 +116,7 @@ class AsyncClient:
         transport: See `Client`.
         observer: See `Client`.
         register: See `Client`.
+        compression: See `Client`; done in threads.
     """
 
     def __init__(
@@ -126,16 +129,18 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
         observer: Observer | None = None,
         register: Registering = "auto",
+        compression: Compression | None = None,
     ) -> None:
         operations.check_timeout(timeout_s)
         check_registering(register)
+        check_compression(compression)
         self.registry = Registry(is_automatic=register == "auto" and target != LOCAL)
         self._target, self._timeout_s, self._observer = target, timeout_s, observer
         self._backend: AsyncBackend
         if target == LOCAL:
             self._backend = _InThread(load_backend(LOCAL))
         elif isinstance(target, str):
-            self._backend = AsyncHttpBackend(http_options(target, api_key, retries), transport=transport)
+            self._backend = AsyncHttpBackend(http_options(target, api_key, retries, compression), transport=transport)
         else:
             self._backend = target
 

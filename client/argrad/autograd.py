@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from argrad import operations
+from argrad.ahead import ahead_of, cotangents_ahead
 from argrad.client import Client
 from argrad.derivatives import Dims, Gradients, Tensors, apply, formed, merge, owned, without_empty
 from argrad.errors import SolveError
@@ -55,6 +56,7 @@ def differentiable_solve(
     Returns:
         The blocks of the solution by name, differentiable.
     """
+    is_pulled_back = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters.values())
     record = Recorded(
         client=client,
         kind=kind,
@@ -65,6 +67,7 @@ def differentiable_solve(
         call=operations.call_within(client.timeout_s, timeout_s, request_id or secrets.token_hex(8)),
         keep_state=is_tracked(parameters.values()),
         start=start,
+        fetches_ahead=client.fetches_ahead and is_pulled_back and gradients == "adjoint" and start is None,
     )
     return record.named_blocks(apply(_Solve, record, *parameters.values()))
 
@@ -100,16 +103,20 @@ def solved(record: Recorded, *parameters: Tensor) -> Tensors:
     start = None if record.start is None else record.start.at(form)
     if start is not None and start.state is not None:
         record.call = replace(record.call, affinity=start.affinity)
+    units = cotangents_ahead(form, record.options) if record.fetches_ahead else None
     steps = operations.solve(
         form,
         options=record.options,
         call=record.call,
-        keep_state=record.keep_state,
+        upstream=units,
+        gradients=record.gradients,
+        keep_state=record.keep_state and units is None,
         warm_start=start,
         check=False,
     )
     result = record.client.run(steps)
     record.failed, record.batched = result.failed, form.batched
+    record.ahead = None if units is None else ahead_of(result)
     if result.state is not None:
         record.state = State(record.client, result.state)
     if record.start is not None:

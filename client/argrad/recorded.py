@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from argrad.ahead import Ahead
 from argrad.backend import Call
 from argrad.client import Client
 from argrad.operations import Place
@@ -65,6 +66,8 @@ class Recorded:
         call: Deadline, request id and affinity, the same for the derivatives.
         keep_state: Whether a derivative may be asked for.
         start: Where the solver begins; gets the solution.
+        fetches_ahead: Whether the derivative of a small problem is to come with its solution.
+        ahead: The derivative, if it came.
         state: What the service keeps, if it does.
         failed: Problems without a solution.
         batched: Parameters with a batch dimension, as they were sent.
@@ -80,6 +83,8 @@ class Recorded:
     call: Call
     keep_state: bool
     start: WarmStart | None = None
+    fetches_ahead: bool = False
+    ahead: Ahead | None = None
     state: State | None = None
     failed: tuple[int, ...] = ()
     batched: frozenset[str] = frozenset()

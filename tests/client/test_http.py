@@ -15,9 +15,9 @@ import torch
 from pydantic import SecretStr
 
 import argrad
-from argrad.transport.bodies import Download, Upload
+from argrad.transport.bodies import Download, Upload, decoded
 from argrad.transport.calls import HttpOptions
-from argrad.transport.exchange import Deadline, RetryPolicy
+from argrad.transport.exchange import Answer, Deadline, RetryPolicy
 from argrad.transport.http import HttpBackend
 from argrad.wire import SAFETENSORS
 from tests.client.support import D, FakeClock, FakeService, assert_close, listening, problem_reply, simplex
@@ -219,9 +219,10 @@ class TestBodies:
         with pytest.raises(httpx.RemoteProtocolError, match="longer than its 3 bytes"):
             download.add(b"cd")
 
-    def test_a_compressed_reply_is_an_error(self) -> None:
-        with pytest.raises(httpx.RemoteProtocolError, match="encoded as gzip"):
-            Download({"content-encoding": "gzip"}, Deadline(None, FakeClock()))
+    @pytest.mark.parametrize(("encoding", "accepted"), [("gzip", "identity"), ("gzip", "zstd"), ("zstd", "identity")])
+    def test_a_reply_with_another_encoding_is_an_error(self, encoding: str, accepted: str) -> None:
+        with pytest.raises(httpx.RemoteProtocolError, match=f"encoded as {encoding}"):
+            decoded(Answer(200, {"content-encoding": encoding}, b"abc"), accepted)
 
 
 class TestSockets:

@@ -161,7 +161,6 @@ def test_a_reply(serving: Any, pieces: list[bytes], wanted: bytes) -> None:
             b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", "not HTTP", id="two-lengths"
         ),
         pytest.param(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 400_000, "head was too long", id="long-head"),
-        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\n\r\n", "encoded as br", id="encoded"),
     ],
 )
 def test_a_broken_reply(serving: Any, sent: bytes, words: str) -> None:

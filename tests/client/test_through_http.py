@@ -107,8 +107,9 @@ def test_jacobians(remote: Client) -> None:
     assert_close(found, torch.tensor([[-0.25, 0.25], [0.25, -0.25]], dtype=D))
 
 
-def test_released_states_are_freed(remote: Client) -> None:
+def test_released_states_are_freed(service_url: str) -> None:
     """One is released by hand, one by the end of its graph; either is gone once another call was made."""
+    remote = Client(service_url, prefetch=False)
     q = torch.ones(2, dtype=D, requires_grad=True)
     result = remote.solve(argrad.QP(**simplex()))
     remote.release(result)

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from argrad.wire import compress
+
 JSON = {"content-type": "application/json"}
 BINARY = {"content-type": "application/x-safetensors", "accept": "application/json"}
 IDENTITY = "c076fa58f1e82c8437b00651ef0b8d465d414ab71872151dcf351a170999a69d"
@@ -79,6 +81,16 @@ def expanded(client: httpx.Client) -> httpx.Response:
         lines[name] = tensor(shape, begin, end)
         begin = end
     return binary(lines, bytes(begin))(client)
+
+
+def compressed(body: bytes) -> Send:
+    """POST /v1/solve with a body that says that it is compressed with zstd."""
+    return lambda client: client.post("/v1/solve", content=body, headers={**JSON, "content-encoding": "zstd"})
+
+
+def frame(content: bytes) -> bytes:
+    """A body compressed with zstd."""
+    return b"".join(compress([content], len(content)))
 
 
 def put(digest: str, given: dict[str, Any]) -> Send:
@@ -154,6 +166,13 @@ REQUESTS: dict[str, Send] = {
     "huge header": binary({}, b"", length=2**40),
     "shape that the bytes do not fill": binary({"problem.q": tensor([1_000_000], 0, 16)}, bytes(16)),
     "shared Q expanded a million times": expanded,
+    "compressed body that is none": compressed(json.dumps({"problem": problem()}).encode()),
+    "compressed body cut short": compressed(frame(json.dumps({"problem": problem()}).encode())[:-9]),
+    "compressed body with something behind it": compressed(frame(b"{}") + b"{}"),
+    "compressed body over its limit": compressed(frame(bytes(2 * 1024**2 + 1))),
+    "body compressed otherwise": lambda c: c.post(
+        "/v1/solve", content=b"{}", headers={**JSON, "content-encoding": "gzip"}
+    ),
     "no content type": lambda c: c.post("/v1/solve", content=b"{}"),
     "reply in a format nobody writes": lambda c: c.post(
         "/v1/solve", content=json.dumps({"problem": problem()}), headers={**JSON, "accept": "text/csv"}

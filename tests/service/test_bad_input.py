@@ -300,7 +300,7 @@ HEADER_ROWS = {
     ),
     "compressed": (
         {"content-type": JSON, "content-encoding": "gzip"},
-        (415, "unsupported-media-type", "Content-Encoding", "'gzip'", "not compressed"),
+        (415, "unsupported-media-type", "Content-Encoding", "'gzip'", "identity or zstd"),
     ),
     "an image wanted": (
         {"content-type": JSON, "accept": "image/png"},

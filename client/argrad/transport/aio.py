@@ -9,7 +9,7 @@ from typing import Any, cast
 import httpx
 
 from argrad.backend import Call
-from argrad.transport.bodies import Download
+from argrad.transport.bodies import Download, decoded
 from argrad.transport.calls import HttpCalls, HttpOptions, read_document, read_reply
 from argrad.transport.exchange import Answer, Pause, Send, Steps, drive_async
 from argrad.transport.pool import LIMITS
@@ -47,21 +47,21 @@ class AsyncHttpBackend:
 
     async def solve(self, request: SolveRequest, tensors: TensorMap, call: Call) -> tuple[SolveReply, TensorMap]:
         """POST /v1/solve."""
-        return read_reply(SolveReply, await self._run(self._calls.post("solve", request, tensors, call)))
+        return read_reply(SolveReply, await self._call(lambda: self._calls.post("solve", request, tensors, call)))
 
     async def vjp(self, request: VjpRequest, tensors: TensorMap, call: Call) -> tuple[VjpReply, TensorMap]:
         """POST /v1/vjp."""
-        return read_reply(VjpReply, await self._run(self._calls.post("vjp", request, tensors, call)))
+        return read_reply(VjpReply, await self._call(lambda: self._calls.post("vjp", request, tensors, call)))
 
     async def jvp(self, request: JvpRequest, tensors: TensorMap, call: Call) -> tuple[JvpReply, TensorMap]:
         """POST /v1/jvp."""
-        return read_reply(JvpReply, await self._run(self._calls.post("jvp", request, tensors, call)))
+        return read_reply(JvpReply, await self._call(lambda: self._calls.post("jvp", request, tensors, call)))
 
     async def register(
         self, request: RegisterRequest, tensors: TensorMap, call: Call
     ) -> tuple[RegisteredReply, TensorMap]:
         """PUT /v1/problems/{sha256}."""
-        return read_reply(RegisteredReply, await self._run(self._calls.put(request, tensors, call)))
+        return read_reply(RegisteredReply, await self._call(lambda: self._calls.put(request, tensors, call)))
 
     async def solvers(self) -> dict[str, Any]:
         """GET /v1/solvers."""
@@ -75,6 +75,10 @@ class AsyncHttpBackend:
         """Close the connections."""
         await self._transport.aclose()
 
+    async def _call(self, begin: Callable[[], Steps]) -> Answer:
+        """Begin a call, in a thread where that compresses, and make it."""
+        return await self._run(begin() if self._calls.options.compression is None else await asyncio.to_thread(begin))
+
     async def _run(self, steps: Steps) -> Answer:
         return await drive_async(steps, self._perform, (httpx.HTTPError,))
 
@@ -87,9 +91,12 @@ class AsyncHttpBackend:
             download = Download(response.headers, effect.deadline)
             async for piece in cast("httpx.AsyncByteStream", response.stream):
                 download.add(piece)
-            return Answer(response.status_code, response.headers, download.finish())
+            answer = Answer(response.status_code, response.headers, download.finish())
         finally:
             await response.aclose()
+        if "content-encoding" not in answer.headers:
+            return answer
+        return await asyncio.to_thread(decoded, answer, self._calls.accepted)
 
 
 def _pool(calls: HttpCalls) -> httpx.AsyncBaseTransport:

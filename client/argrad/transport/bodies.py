@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 
-from argrad.transport.exchange import Deadline
+from argrad.transport.exchange import Answer, Deadline
+from argrad.wire import IDENTITY, ZSTD, WireError, decompress
 
 _PIECE_BYTES = 256 * 1024
 """httpcore copies what is left of a buffer after each send: a large one in a piece costs time quadratic in its size."""
@@ -80,14 +81,9 @@ class Download:
     Args:
         headers: Of the reply.
         deadline: Checked at each piece, so that a reply that trickles in ends too.
-
-    Raises:
-        httpx.RemoteProtocolError: the body is encoded, though nobody asked for it.
     """
 
     def __init__(self, headers: Mapping[str, str], deadline: Deadline) -> None:
-        if headers.get("content-encoding", "identity") != "identity":
-            raise httpx.RemoteProtocolError(f"the reply is encoded as {headers['content-encoding']}")
         length = headers.get("content-length")
         self._wanted = int(length) if length is not None and length.isdigit() else None
         self._buffer = bytearray(self._wanted or 0)
@@ -117,3 +113,24 @@ class Download:
         if self._wanted is not None and self._filled < self._wanted:
             raise httpx.RemoteProtocolError(f"the reply was cut off after {self._filled} of {self._wanted} bytes")
         return self._buffer
+
+
+def decoded(answer: Answer, accepted: str) -> Answer:
+    """A reply whose body is not encoded any more.
+
+    Args:
+        answer: As it came.
+        accepted: The encoding that was asked for.
+
+    Raises:
+        httpx.RemoteProtocolError: the body has another encoding, or cannot be decompressed.
+    """
+    encoding = answer.headers.get("content-encoding", IDENTITY).lower()
+    if encoding == IDENTITY:
+        return answer
+    if encoding != accepted or encoding != ZSTD:
+        raise httpx.RemoteProtocolError(f"the reply is encoded as {encoding}")
+    try:
+        return replace(answer, body=decompress(answer.body))
+    except WireError as error:
+        raise httpx.RemoteProtocolError(f"the reply cannot be decompressed: {error}") from error

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 import orjson
@@ -22,7 +22,18 @@ from argrad.errors import ProblemError, ProtocolError
 from argrad.transport.address import parse_address
 from argrad.transport.bodies import Outgoing, Upload
 from argrad.transport.exchange import Answer, Clock, Deadline, RetryBudget, RetryPolicy, Steps, exchange
-from argrad.wire import SAFETENSORS, WireError, decode, encode, encoded_size
+from argrad.wire import (
+    IDENTITY,
+    LEAST_BYTES,
+    SAFETENSORS,
+    ZSTD,
+    WireError,
+    compress,
+    decode,
+    encode,
+    encoded_size,
+    load_zstd,
+)
 from argrad.wire.messages import Message, RegisterRequest, TensorMap
 
 M = TypeVar("M", bound=Message)
@@ -36,6 +47,7 @@ _KEY = re.compile(r"[\x21-\x7e]+")
 _TENSOR_TYPE = SAFETENSORS.encode("ascii")
 _TABLE_TIMEOUT_S = 30.0
 
+Compression = Literal["zstd"]
 Header = tuple[bytes, bytes]
 
 
@@ -48,14 +60,22 @@ class HttpOptions:
         api_key: Sent as `Authorization: Bearer`. Never shown; pickled with the rest, because workers need it.
         policy: Retries.
         clock: Monotonic seconds; tests bring their own.
+        compression: Of bodies that are not small, both ways.
+
+    Raises:
+        ProblemError: the API key cannot be one.
+        MissingExtraError: what compresses is not installed.
     """
 
     url: str
     api_key: SecretStr | None = None
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     clock: Clock = time.monotonic
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
+        if self.compression is not None:
+            load_zstd()
         if self.api_key is not None and not _KEY.fullmatch(self.api_key.get_secret_value()):
             raise ProblemError("api_key", "nothing, or what a header cannot carry", "visible ASCII characters")
 
@@ -70,6 +90,7 @@ class HttpCalls:
     def __init__(self, options: HttpOptions) -> None:
         self.options = options
         self.address = parse_address(options.url)
+        self.accepted = options.compression or IDENTITY
         self._urls = {name: self.address.join(f"/v1/{name}") for name in ("solve", "vjp", "jvp", "solvers")}
         self._headers = self._fixed_headers()
         self._budget = RetryBudget()
@@ -78,7 +99,7 @@ class HttpCalls:
     def _fixed_headers(self) -> list[Header]:
         headers = [
             (b"Host", self.address.base.netloc),
-            (b"Accept-Encoding", b"identity"),
+            (b"Accept-Encoding", self.accepted.encode()),
             (b"User-Agent", f"argrad/{__version__} python/{platform.python_version()}".encode()),
         ]
         if self.options.api_key is not None:
@@ -90,7 +111,7 @@ class HttpCalls:
         self._released.extend(states)
 
     def post(self, name: str, message: Message, tensors: TensorMap, call: Call) -> Steps:
-        """Steps of POST /v1/{name}.
+        """Steps of POST /v1/{name}; the body is written, and compressed, here and once.
 
         Args:
             name: `solve`, `vjp` or `jvp`.
@@ -106,30 +127,37 @@ class HttpCalls:
         return self._send("PUT", url, request, tensors, call)
 
     def _send(self, method: str, url: httpx.URL, message: Message, tensors: TensorMap, call: Call) -> Steps:
-        buffers = encode(message, tensors, SAFETENSORS)
-        headers = [
-            (b"Content-Type", _TENSOR_TYPE),
-            (b"Accept", _TENSOR_TYPE),
-            (b"Content-Length", b"%d" % encoded_size(buffers)),
-        ]
+        deadline = Deadline(call.timeout_s, self.options.clock)
+        buffers: Sequence[bytes | memoryview] = encode(message, tensors, SAFETENSORS)
+        headers = [(b"Content-Type", _TENSOR_TYPE), (b"Accept", _TENSOR_TYPE)]
+        if self.options.compression == ZSTD and (size := encoded_size(buffers)) >= LEAST_BYTES:
+            compressed = compress(buffers, size)
+            if encoded_size(compressed) < size:
+                buffers = compressed
+                headers.append((b"Content-Encoding", ZSTD.encode()))
+        headers.append((b"Content-Length", b"%d" % encoded_size(buffers)))
         if call.affinity is not None:
             headers.append((b"Argrad-Affinity", _identifier("affinity", call.affinity)))
-        return self._steps(method, url, headers, buffers, call)
+        return self._steps(method, url, headers, buffers, call, deadline)
 
     def get(self, name: str) -> Steps:
         """Steps of GET /v1/{name}, which takes no solving."""
-        return self._steps(
-            "GET", self._urls[name], [(b"Accept", b"application/json")], [], Call(timeout_s=_TABLE_TIMEOUT_S)
-        )
+        deadline = Deadline(_TABLE_TIMEOUT_S, self.options.clock)
+        return self._steps("GET", self._urls[name], [(b"Accept", b"application/json")], [], Call(), deadline)
 
     def _steps(
-        self, method: str, url: httpx.URL, headers: list[Header], buffers: Sequence[bytes | memoryview], call: Call
+        self,
+        method: str,
+        url: httpx.URL,
+        headers: list[Header],
+        buffers: Sequence[bytes | memoryview],
+        call: Call,
+        deadline: Deadline,
     ) -> Steps:
         request_id = call.request_id if call.request_id is not None else secrets.token_hex(8)
         common = [*self._headers, *headers, (b"X-Request-ID", _identifier("request_id", request_id))]
         if released := self._take_released():
             common.append((b"Argrad-Release", ",".join(released).encode("ascii")))
-        deadline = Deadline(call.timeout_s, self.options.clock)
         upload = Upload(buffers, encoded_size(buffers), deadline)
 
         def request(remaining_s: float | None) -> Outgoing:

@@ -149,8 +149,6 @@ class Connection:
                 found = f"after {size} bytes" if not data else "or its head was too long"
                 raise httpx.RemoteProtocolError(f"the reply was cut off {found}, within its head")
             _feed(head, data)
-        if (encoding := head.headers.get("content-encoding", "identity")) != "identity":
-            raise httpx.RemoteProtocolError(f"the reply is encoded as {encoding}")
         body = self._known(head, head.length, deadline) if head.length is not None else self._unknown(head, deadline)
         return Answer(head.status_code, head.headers, body)
 

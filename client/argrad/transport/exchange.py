@@ -124,7 +124,7 @@ class Answer:
 
     status_code: int
     headers: Mapping[str, str]
-    body: bytes | bytearray
+    body: bytes | bytearray | memoryview
 
 
 Steps = Generator[Send | Pause, Answer | None, Answer]

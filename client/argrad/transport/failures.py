@@ -68,7 +68,9 @@ TRANSIENT = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout
 _SHOWN_BYTES = 200
 
 
-def failure_from_reply(status_code: int, headers: Mapping[str, str], body: bytes | bytearray) -> ArgradError:
+def failure_from_reply(
+    status_code: int, headers: Mapping[str, str], body: bytes | bytearray | memoryview
+) -> ArgradError:
     """The exception that a reply other than 200 stands for.
 
     Args:
@@ -131,7 +133,7 @@ def _refusal(document: dict[str, Any], message: str) -> ProblemError | GradientE
     return None
 
 
-def _problem_document(body: bytes | bytearray) -> dict[str, Any]:
+def _problem_document(body: bytes | bytearray | memoryview) -> dict[str, Any]:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -139,7 +141,7 @@ def _problem_document(body: bytes | bytearray) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _shown(body: bytes | bytearray) -> str:
+def _shown(body: bytes | bytearray | memoryview) -> str:
     text = bytes(body[:_SHOWN_BYTES]).decode("utf-8", "replace").strip()
     return f"the reply is not a problem document: {text!r}" if text else "the reply has no body"
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import httpx
 
 from argrad.backend import Call
-from argrad.transport.bodies import Download
+from argrad.transport.bodies import Download, decoded
 from argrad.transport.calls import HttpCalls, HttpOptions, read_document, read_reply
 from argrad.transport.exchange import Answer, Pause, Send, Steps, drive
 from argrad.transport.pool import LIMITS, Pool
@@ -115,6 +115,9 @@ class HttpBackend:
         if isinstance(effect, Pause):
             self._sleep(effect.seconds)
             return None
+        return decoded(self._send(effect), self._calls.accepted)
+
+    def _send(self, effect: Send) -> Answer:
         if isinstance(self._transport, Pool):
             return self._transport.exchange(effect.request, effect.deadline)
         response = self._transport.handle_request(effect.request.as_httpx())

@@ -1,4 +1,4 @@
-"""Which of the two body formats a Content-Type or an Accept header means (RFC 9110, 8.3 and 12.5.1)."""
+"""What the headers of a body mean: its format, and how it is encoded (RFC 9110, 8.3, 8.4, 12.5.1 and 12.5.3)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ JSON = "application/json"
 SAFETENSORS = "application/x-safetensors"
 FORMATS = (SAFETENSORS, JSON)
 _WANTED = " or ".join(FORMATS)
+IDENTITY = "identity"
+ZSTD = "zstd"
 
 
 @lru_cache(maxsize=128)
@@ -61,17 +63,52 @@ def reply_format(accept: str | None, *, default: str) -> str:
     return best
 
 
+def body_encoding(content_encoding: str | None) -> str:
+    """Read a Content-Encoding header.
+
+    Returns:
+        `IDENTITY` or `ZSTD`.
+
+    Raises:
+        UnsupportedMediaTypeError: the header names another encoding, or several.
+    """
+    encoding = IDENTITY if content_encoding is None else content_encoding.strip().lower()
+    if encoding not in (IDENTITY, ZSTD):
+        raise UnsupportedMediaTypeError("Content-Encoding", repr(encoding[:40]), f"{IDENTITY} or {ZSTD}")
+    return encoding
+
+
+@lru_cache(maxsize=128)
+def reply_encoding(accept_encoding: str | None) -> str:
+    """Choose how a reply is encoded: compressed only for a caller who names zstd; `*` is not enough.
+
+    Args:
+        accept_encoding: The Accept-Encoding header.
+
+    Returns:
+        `IDENTITY` or `ZSTD`.
+
+    Raises:
+        NotAcceptableError: the weight of zstd is not a number from 0 to 1.
+    """
+    for part in (accept_encoding or "").split(","):
+        name, parameters = _parse(part)
+        if name == ZSTD and _weight(part.strip(), parameters.get("q", "1"), "Accept-Encoding") > 0.0:
+            return ZSTD
+    return IDENTITY
+
+
 def _parse(header: str) -> tuple[str, dict[str, str]]:
     media_type, *parts = (part.strip() for part in header.split(";"))
     pairs = (part.partition("=") for part in parts)
     return media_type.lower(), {key.strip().lower(): value.strip().strip('"') for key, _, value in pairs}
 
 
-def _weight(accept: str, text: str) -> float:
+def _weight(accept: str, text: str, header: str = "Accept") -> float:
     try:
         weight = float(text)
     except ValueError:
         weight = -1.0
     if not 0.0 <= weight <= 1.0:
-        raise NotAcceptableError("Accept", repr(accept), "weights q from 0 to 1")
+        raise NotAcceptableError(header, repr(accept), "weights q from 0 to 1")
     return weight

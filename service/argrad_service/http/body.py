@@ -13,6 +13,9 @@ from argrad_service.scheduling import CallerGone
 
 Body = bytearray | memoryview
 
+INLINE_BYTES = 64 * 1024
+"""A body up to this size is read and written on the event loop: a change of threads would cost more."""
+
 
 async def read_body(
     receive: Receive,
@@ -38,7 +41,7 @@ async def read_body(
     """
     if content_length is None:
         return await _read_chunked(receive, max_bytes, limit, reserve)
-    return await _read_known(receive, _length(content_length), max_bytes, limit, reserve)
+    return await _read_known(receive, body_length(content_length), max_bytes, limit, reserve)
 
 
 async def _read_known(
@@ -51,7 +54,7 @@ async def _read_known(
     body = np.empty(length, np.uint8).data
     filled, is_open = 0, True
     while is_open:
-        chunk, is_open = await _next_chunk(receive)
+        chunk, is_open = await next_chunk(receive)
         end = filled + len(chunk)
         if end > length:
             raise BadRequest("body", f"more than {length} bytes", f"{length} bytes, as Content-Length says")
@@ -65,7 +68,7 @@ async def _read_known(
 async def _read_chunked(receive: Receive, max_bytes: int, limit: str, reserve: Callable[[int], None]) -> Body:
     body, is_open = bytearray(), True
     while is_open:
-        chunk, is_open = await _next_chunk(receive)
+        chunk, is_open = await next_chunk(receive)
         if len(body) + len(chunk) > max_bytes:
             raise TooLargeError("body", f"more than {max_bytes} bytes", limit)
         reserve(len(chunk))
@@ -73,14 +76,24 @@ async def _read_chunked(receive: Receive, max_bytes: int, limit: str, reserve: C
     return body
 
 
-async def _next_chunk(receive: Receive) -> tuple[bytes, bool]:
+async def next_chunk(receive: Receive) -> tuple[bytes, bool]:
+    """The next piece of a body, and whether more may follow.
+
+    Raises:
+        CallerGone: the connection broke.
+    """
     message = await receive()
     if message["type"] == "http.disconnect":
         raise CallerGone("the connection broke before the end of the body")
     return message.get("body", b""), message.get("more_body", False)
 
 
-def _length(header: str) -> int:
+def body_length(header: str) -> int:
+    """Read a Content-Length header.
+
+    Raises:
+        BadRequest: it is no number.
+    """
     if not (header.isascii() and header.isdigit() and len(header) < 20):
         raise BadRequest("Content-Length", repr(header[:40]), "a number of bytes")
     return int(header)

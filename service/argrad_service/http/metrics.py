@@ -70,7 +70,12 @@ class Metrics:
             "argrad_stage_seconds", "Stages of a call.", ["route", "stage"], buckets=_SECONDS, registry=registry
         )
         self._problems = Counter("argrad_problems_total", "Problems solved, by status.", ["status"], registry=registry)
-        self._bytes = Counter("argrad_body_bytes_total", "Bytes of bodies.", ["route", "direction"], registry=registry)
+        self._bytes = Counter(
+            "argrad_body_bytes_total",
+            "Bytes of bodies: of requests decompressed, of replies as sent.",
+            ["route", "direction"],
+            registry=registry,
+        )
         self._children: dict[tuple[object, ...], MetricWrapperBase] = {}
         registry.register(_Scraped(scheduler, pending, store, problems))
 

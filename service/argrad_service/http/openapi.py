@@ -69,6 +69,12 @@ _PROBLEM = {
 }
 _HEADERS = [
     {
+        "name": "Content-Encoding",
+        "in": "header",
+        "schema": {"enum": ["identity", "zstd"]},
+        "description": "`zstd`: the body is one frame of zstd. The limits are those of any body, before and after.",
+    },
+    {
         "name": "Argrad-Timeout-Ms",
         "in": "header",
         "schema": {"type": "number", "exclusiveMinimum": 0},
@@ -166,7 +172,7 @@ PUT_PROBLEM: dict[str, Any] = {
     "responses": {
         200: _registered("They were registered already."),
         201: _registered("They are registered now."),
-        **_errors(400, 406, 408, 413, 415, 422, 429, 500, 504),
+        **_errors(400, 406, 408, 413, 415, 422, 429, 500, 501, 504),
     },
 }
 GET_PROBLEM: dict[str, Any] = {

@@ -18,8 +18,8 @@ class Record:
         request_id: The caller's, or a new one.
         began: `time.perf_counter()` at its first byte.
         stages_ms: Milliseconds of each stage, in the order in which they ended.
-        request_bytes: Of the body.
-        reply_bytes: Of the reply's body.
+        request_bytes: Of the body, decompressed.
+        reply_bytes: Of the reply's body, as it is sent.
         problems: Problems in the batch, by status.
         problem_type: Type of the error that was answered, if one was.
         detail: Its words.
