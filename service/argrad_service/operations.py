@@ -35,8 +35,9 @@ from argrad_service.engine.outcome import Outcome
 from argrad_service.kept import Kept, versions_of, warm_start_at
 from argrad_service.registered import Named, Registrations
 from argrad_service.scheduling import Budget
-from argrad_service.solves import Solve, jvp, vjp
+from argrad_service.solves import Solve, jvp
 from argrad_service.state import ProblemGone, StateStore
+from argrad_service.vjps import Vjp
 from argrad_service.working import Engine, Run, Timings, options_of, stage
 
 
@@ -138,20 +139,16 @@ class Operations:
         cotangent = assembly.Cotangent(form, _widened(cotangents, form, request.precision))
         place = kept or form.point(_section(tensors, "solution"))
 
-        def run(should_stop: ShouldStop, timings: Timings) -> tuple[VjpReply, TensorMap]:
-            with stage(timings, "differentiate"):
-                forward = self._forward(form, place, request.solver, should_stop, registered)
-                backward = vjp(self._engine, forward, cotangent.canonical(forward), request.differentiation)
-                out = assembly.measured(form, backward) if kept else assembly.report_tensors(form, forward, backward)
-                out |= assembly.gradients(form, forward, backward, request, wrt)
-            reply = VjpReply(
-                report=assembly.report(form, forward, backward),
-                gradient_status=assembly.gradient_status(form, backward),
-                timings_ms=timings,
-            )
-            return reply, assembly.in_precision(out, request.precision)
-
-        return run
+        return Vjp(
+            engine=self._engine,
+            request=request,
+            form=form,
+            cotangent=cotangent,
+            wrt=wrt,
+            forward=lambda should_stop: self._forward(form, place, request.solver, should_stop, registered),
+            kept=kept,
+            is_merged=self._budget is not None,
+        )
 
     def prepare_jvp(
         self, request: JvpRequest, tensors: TensorMap, *, owner: str, is_json: bool = False

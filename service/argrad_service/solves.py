@@ -1,4 +1,4 @@
-"""The second half of a solve: alone, together with other callers' solves, or slice by slice."""
+"""The second half of a solve: alone, or slice by slice."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from argrad.errors import ArgradError
 from argrad.problems import QP, Form, Solution
 from argrad.problems.qp import DIMENSIONS
 from argrad.problems.sparse import SparseForm
 from argrad.wire.messages import DifferentiationDocument, SolveReply, SolveRequest, TensorMap
 from argrad_service import assembly
-from argrad_service.batching.frames import Frame, Sizes, frame_of, padded
 from argrad_service.batching.lots import Lot, lot_of
-from argrad_service.batching.outcomes import Assembled, of_batch, of_slices
+from argrad_service.batching.outcomes import Assembled, of_slices
 from argrad_service.engine.options import ShouldStop, never_stop
-from argrad_service.engine.outcome import Backward, Forward, Outcome, Tangents
+from argrad_service.engine.outcome import Backward, Outcome, Tangents
 from argrad_service.kept import Kept
 from argrad_service.registered import Named
 from argrad_service.scheduling import Budget, Unfinished
@@ -86,13 +84,22 @@ class Solve:
     keep: bool
     owner: str
     registered: Named | None = None
+    batch_size: int | None = field(init=False)
     lot: Lot | None = field(init=False)
 
     def __post_init__(self) -> None:
-        lot = None
+        lot, batch_size = None, self.form.batch_size
+        object.__setattr__(self, "batch_size", batch_size)
         if self.budget is not None and not isinstance(self.form, SparseForm):
             given = {} if self.cotangent is None else self.cotangent.checked
-            lot = lot_of(self.request, self.form.problem, given, is_plain=self.start is None)
+            lot = lot_of(
+                self.request,
+                self.form.problem,
+                given,
+                count=batch_size or 1,
+                is_plain=self.start is None,
+                prepared=None if self.registered is None else self.registered.prepared,
+            )
         object.__setattr__(self, "lot", lot)
 
     def prepared(self) -> Callable[[ShouldStop, Timings], Answer]:
@@ -106,8 +113,7 @@ class Solve:
         """Solve, differentiate if asked, and answer."""
         with stage(timings, "solve"):
             forward = self.solve(self.form.problem, self.start, should_stop)
-            out = assembly.solved(self.form, forward)
-        return self.answer(forward, out, timings)
+        return self.answer(forward, timings)
 
     def solve(self, problem: QP, start: Solution | None, should_stop: ShouldStop) -> Outcome:
         """Solve some problems as this call asks."""
@@ -124,16 +130,26 @@ class Solve:
             registered.recount()
         return outcome
 
-    def answer(self, forward: Outcome, out: TensorMap, timings: Timings, backward: Backward | None = None) -> Answer:
-        """Differentiate where that is asked for and not done yet, keep state, and form the reply."""
-        form, request = self.form, self.request
+    def answer(self, forward: Outcome, timings: Timings) -> Answer:
+        """Differentiate where that is asked for, and form the reply."""
+        with stage(timings, "solve"):
+            out = assembly.solved(self.form, forward)
+        backward = None
         if self.cotangent is not None:
             with stage(timings, "differentiate"):
-                if backward is None:
-                    upstream = self.cotangent.canonical(forward)
-                    backward = vjp(self.engine, forward, upstream, request.differentiation)
-                out |= assembly.gradients(form, forward, backward, request, self.wrt)
-                out |= assembly.measured(form, backward)
+                upstream = self.cotangent.canonical(forward)
+                backward = vjp(self.engine, forward, upstream, self.request.differentiation)
+                out |= self.derived(forward, backward)
+        return self.reply(forward, backward, out, timings)
+
+    def derived(self, forward: Outcome, backward: Backward) -> TensorMap:
+        """What the reply says of derivatives."""
+        gradients = assembly.gradients(self.form, forward, backward, self.request, self.wrt)
+        return gradients | assembly.measured(self.form, backward)
+
+    def reply(self, forward: Outcome, backward: Backward | None, out: TensorMap, timings: Timings) -> Answer:
+        """Keep state, and put the reply together."""
+        form = self.form
         token = None
         if self.keep:
             kept = Kept(form, forward.stopped_by(never_stop), self.versions)
@@ -145,7 +161,7 @@ class Solve:
             state=token,
             timings_ms=timings,
         )
-        return reply, assembly.in_precision(out, request.precision)
+        return reply, assembly.in_precision(out, self.request.precision)
 
 
 class SplitSolve:
@@ -182,114 +198,4 @@ class SplitSolve:
             raise Unfinished
         forward = of_slices(self._outcomes, problem)
         self._outcomes = []
-        return whole.answer(forward, assembly.solved(whole.form, forward), timings)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Participant:
-    """A solve in a merged batch.
-
-    Args:
-        solve: What is to be done.
-        timings: Gets the stages, in ms; each participant's are the batch's.
-        has_left: Whether its caller waits no more.
-    """
-
-    solve: Solve
-    timings: Timings
-    has_left: Callable[[], bool]
-
-
-def solve_together(participants: Sequence[Participant], should_stop: ShouldStop) -> list[Answer | Exception | None]:
-    """Solve the problems of several callers, whose lots have one key, as one batch.
-
-    Args:
-        participants: The callers.
-        should_stop: Whether none of them waits any more.
-
-    Returns:
-        Of each its answer, the error that is its own alone, or None where its caller left.
-
-    Raises:
-        Stopped: `should_stop()` was true.
-        Exception: the batch failed as a whole; each may still succeed alone.
-    """
-    solves = [participant.solve for participant in participants]
-    problems, counts = [solve.form.problem for solve in solves], [solve.form.batch_size or 1 for solve in solves]
-    sizes = [Sizes.of(problem) for problem in problems]
-    outer = frame_of(sizes)
-    timings: Timings = {}
-    with stage(timings, "solve"):
-        merged = solves[0].solve(padded(problems, counts, outer), None, should_stop)
-        outcomes, start = [], 0
-        for solve, own, count in zip(solves, sizes, counts, strict=True):
-            piece = None
-            if solve.keep:
-                if not isinstance(merged, Forward):
-                    raise TypeError(f"an outcome of type {type(merged).__name__} cannot be divided")
-                piece = merged.cut(start, start + count)
-            outcomes.append(of_batch(merged, start, count, Frame(own, outer), solve.form.problem, piece))
-            start += count
-        solved = [assembly.solved(solve.form, outcome) for solve, outcome in zip(solves, outcomes, strict=True)]
-    backwards, failures = _differentiated(solves, merged, outcomes, Frames(sizes, outer), timings)
-    answers: list[Answer | Exception | None] = []
-    for participant, outcome, out, backward, failure in zip(
-        participants, outcomes, solved, backwards, failures, strict=True
-    ):
-        if failure is not None or participant.has_left():
-            answers.append(failure)
-            continue
-        participant.timings.update(timings)
-        answers.append(participant.solve.answer(outcome, out, participant.timings, backward))
-    return answers
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Sizes of each participant's problems, and of the batch."""
-
-    own: Sequence[Sizes]
-    outer: Sizes
-
-
-def _differentiated(
-    solves: Sequence[Solve], merged: Outcome, outcomes: Sequence[Assembled], frames: Frames, timings: Timings
-) -> tuple[list[Backward | None], list[Exception | None]]:
-    """The batch's derivatives, cut up; and which cotangents were wrong at the solution that was found."""
-    failures: list[Exception | None] = [None] * len(solves)
-    if solves[0].cotangent is None:
-        return [None] * len(solves), failures
-    with stage(timings, "differentiate"):
-        given: list[dict[str, Tensor]] = []
-        for i, (solve, outcome, own) in enumerate(zip(solves, outcomes, frames.own, strict=True)):
-            cotangent = solve.cotangent
-            if cotangent is None:
-                raise RuntimeError("solves with and without cotangents share a key")
-            try:
-                upstream = cotangent.canonical(outcome)
-            except ArgradError as error:
-                failures[i] = error
-                upstream = {name: torch.zeros_like(t) for name, t in cotangent.checked.items()}
-            given.append(Frame(own, frames.outer).pad_blocks(upstream))
-        whole = {name: torch.cat([blocks[name] for blocks in given], dim=-2) for name in given[0]}
-        backward = vjp(solves[0].engine, merged, whole, solves[0].request.differentiation)
-        return _cut_up(backward, outcomes, frames), failures
-
-
-def _cut_up(backward: Backward, outcomes: Sequence[Assembled], frames: Frames) -> list[Backward | None]:
-    parts: list[Backward | None] = []
-    start = 0
-    for outcome, own in zip(outcomes, frames.own, strict=True):
-        rows = slice(start, start + len(outcome.status))
-        start = rows.stop
-        adjoint = type(backward.adjoint)(**{name: t[..., rows, :] for name, t in backward.adjoint.blocks().items()})
-        parts.append(
-            Backward(
-                adjoint=Frame(own, frames.outer).trim(adjoint),
-                gradient_status=backward.gradient_status[rows],
-                flags=backward.flags[rows],
-                method=backward.method,
-                measures={name: values[rows] for name, values in backward.measures.items()},
-            )
-        )
-    return parts
+        return whole.answer(forward, timings)

@@ -22,8 +22,9 @@ from argrad_service.batching.frames import Frame, Sizes, ceiling, frame_of, padd
 from argrad_service.engine.options import Stopped, never_stop
 from argrad_service.operations import Operations
 from argrad_service.scheduling import Budget, Unfinished
-from argrad_service.solves import Participant, Solve, SplitSolve, solve_together
+from argrad_service.solves import Solve, SplitSolve
 from argrad_service.state import MemoryStateStore, TokenSigner
+from argrad_service.together import Participant, solve_together
 from tests.service.support import SECRET, D, HookedEngine, make_app, post, projection, running_app, simplex
 
 pytestmark = pytest.mark.anyio
@@ -61,7 +62,7 @@ def prepared(operations: Operations, tensors: TensorMap, **fields: Any) -> Solve
 
 
 def together(solves: Sequence[Solve]) -> list[Any]:
-    participants = [Participant(solve=solve, timings={}, has_left=lambda: False) for solve in solves]
+    participants = [Participant(asked=solve, timings={}, has_left=lambda: False) for solve in solves]
     return solve_together(participants, never_stop)
 
 
@@ -203,7 +204,7 @@ async def test_an_infeasible_problem_harms_no_batchmate():
 async def test_a_batch_keeps_no_state_for_who_left_and_none_of_its_neighbours_memory():
     operations = make()
     solves = [prepared(operations, draw(20, 20, seed=i)) for i in range(8)]
-    participants = [Participant(solve=s, timings={}, has_left=lambda i=i: i == 3) for i, s in enumerate(solves)]
+    participants = [Participant(asked=s, timings={}, has_left=lambda i=i: i == 3) for i, s in enumerate(solves)]
     answers = solve_together(participants, never_stop)
     assert answers[3] is None
     store = solves[0].store

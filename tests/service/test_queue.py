@@ -281,3 +281,28 @@ async def test_unfinished_work_gets_another_turn_after_what_waits_by_then():
         assert await large.future == "done"
         await small.future
     assert order == ["piece", "small", "piece", "piece"]
+
+
+async def test_what_one_turn_of_the_loop_brings_goes_together_to_an_idle_thread() -> None:
+    sizes: list[int] = []
+
+    def together(jobs: Sequence[Job[int]], should_stop: Callable[[], bool]) -> list[int]:
+        assert not should_stop()
+        sizes.append(len(jobs))
+        return [0] * len(jobs)
+
+    def alone(job: Job[int]) -> int:
+        assert job.share is not None
+        sizes.append(1)
+        return 0
+
+    scheduler = Scheduler(threads=2, max_queue=16, budget=WIDE)
+    scheduler.start()
+    try:
+        for calls in (5, 1):
+            await asyncio.sleep(0.05)  # until both threads wait
+            jobs = [scheduler.submit(alone, deadline=deadline(), share=share(together=together)) for _ in range(calls)]
+            assert await asyncio.gather(*(job.future for job in jobs)) == [0] * calls
+    finally:
+        await asyncio.to_thread(scheduler.stop, SOON)
+    assert sizes == [5, 1]

@@ -27,7 +27,7 @@ Point = TypeVar("Point", Solution, Adjoint)
 SMALLEST = 8
 """Up to this many, every size is a class of its own."""
 
-_SYMBOL = {"z": "n", "nu": "p", "lam": "m", "s": "m", "mu": "m"}
+SYMBOL = {"z": "n", "nu": "p", "lam": "m", "s": "m", "mu": "m"}
 """Size of each block of a solution or an adjoint."""
 
 
@@ -68,18 +68,22 @@ def padded(problems: Sequence[QP], counts: Sequence[int], frame: Sizes) -> QP:
         frame: See `frame_of`.
 
     Returns:
-        A problem whose every parameter has a batch dimension.
+        A problem whose every parameter has a batch dimension, but for those that all the problems share; q always.
     """
     parameters: dict[str, Tensor | None] = {}
     for name in problems[0].parameters():
         symbols = DIMENSIONS[name]
         shape = tuple(getattr(frame, symbol) for symbol in symbols)
-        parts = [
-            _batched(getattr(problem, name), len(symbols), count)
-            for problem, count in zip(problems, counts, strict=True)
-        ]
+        given: list[Tensor] = [getattr(problem, name) for problem in problems]
+        if all(tensor.shape == shape for tensor in given):
+            # Callers who name the same registered parameters have the very same tensors.
+            is_shared = name != "q" and len(given) > 1 and all(tensor is given[0] for tensor in given)
+            if is_shared or max(counts) == 1:
+                parameters[name] = given[0] if is_shared else torch.stack(given)
+                continue
+        parts = [_batched(tensor, len(symbols), count) for tensor, count in zip(given, counts, strict=True)]
         if all(part.shape[1:] == shape for part in parts):
-            parameters[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            parameters[name] = torch.cat(parts)
         else:
             parameters[name] = _framed(name, parts, problems, counts, shape)
     return QP.of_checked(parameters)
@@ -129,14 +133,20 @@ class Frame:
         """A solution or an adjoint `(…, B, ·)` of padded problems without the padding."""
         if self.is_tight:
             return point
-        blocks = {name: t[..., : getattr(self.own, _SYMBOL[name])] for name, t in point.blocks().items()}
+        blocks = {name: t[..., : getattr(self.own, SYMBOL[name])] for name, t in point.blocks().items()}
         return type(point)(**blocks)
+
+    def trim_block(self, tensor: Tensor, symbols: Sequence[str]) -> Tensor:
+        """A tensor whose last dimensions are sizes of the batch, n, p or m each, without the padding."""
+        for axis, symbol in enumerate(reversed(symbols), 1):
+            tensor = tensor.narrow(-axis, 0, getattr(self.own, symbol))
+        return tensor
 
     def pad_blocks(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Cotangents of z, ν, λ and s, `(…, B, ·)`, with zeros for the padding."""
         if self.is_tight:
             return dict(blocks)
-        return {name: pad(t, (0, getattr(self.outer, _SYMBOL[name]) - t.shape[-1])) for name, t in blocks.items()}
+        return {name: pad(t, (0, getattr(self.outer, SYMBOL[name]) - t.shape[-1])) for name, t in blocks.items()}
 
     def pad_tangents(self, tangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tangents of parameters, `(B, …)`, with zeros for the padding."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from argrad.problems import QP
 from argrad.wire.messages import SolveRequest
 from argrad_service.admission import Size
 from argrad_service.batching.frames import Sizes, ceiling
+from argrad_service.engine import Prepared
 
 PADDED = frozenset({"auto", "pdipm", "pivoting"})
 """Solvers whose problems are padded to a common shape."""
@@ -25,6 +26,11 @@ METHODS = frozenset({"auto", "kkt"})
 REPEATED = 65_536
 """Elements of a shared matrix, repeated for each problem, up to which a caller's batch is merged with others'; above it
 the matrix is factored once, for that caller alone."""
+
+
+FACTORED = 10_000
+"""Elements of registered matrices from which on solves that name them share batches only among themselves: to use what
+earlier solves have left of their factors is worth more than company. Smaller ones are factored in no time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +50,26 @@ class Lot:
     nbytes: int
 
 
-def lot_of(request: SolveRequest, problem: QP, cotangents: Mapping[str, Tensor], *, is_plain: bool) -> Lot:
+def lot_of(
+    request: SolveRequest,
+    problem: QP,
+    cotangents: Mapping[str, Tensor],
+    *,
+    count: int,
+    is_plain: bool,
+    prepared: Prepared | None = None,
+) -> Lot:
     """What a solve adds to a batch.
 
     Args:
         request: Its document.
         problem: Canonical, dense.
         cotangents: Canonical, of a differentiation in the same call.
+        count: How many problems it is.
         is_plain: Whether it may share a batch at all: no warm start, and a form that has no rules of its own.
+        prepared: Of the registered parameters in the problem.
     """
-    count, sizes = problem.batch_size or 1, Sizes.of(problem)
+    sizes = Sizes.of(problem)
     is_linear = problem.Q is None
     solver, method = request.solver, request.differentiation
     takes_padding = solver.name in PADDED
@@ -64,13 +80,15 @@ def lot_of(request: SolveRequest, problem: QP, cotangents: Mapping[str, Tensor],
         padded = Sizes(n, p, ceiling(sizes.m))
     n, rows = padded.n, padded.p + padded.m
     key: Hashable | None = None
+    matrices = [t for t in (problem.Q, problem.G, problem.A) if t is not None]
+    shares_factors = prepared is not None and _is_factored(matrices, prepared)
     if (
         is_plain
         and not request.deterministic
         and problem.entropy is None
         and (takes_padding or solver.name in UNPADDED)
         and (not cotangents or method.method in METHODS)
-        and _repeats_little(problem, count)
+        and (shares_factors or _repeats_little(matrices, count))
     ):
         key = (
             (solver.name, solver.tolerance, solver.max_iterations, *sorted(solver.options.items())),
@@ -79,6 +97,7 @@ def lot_of(request: SolveRequest, problem: QP, cotangents: Mapping[str, Tensor],
             (problem.dtype, problem.device, is_linear, problem.G is None, problem.A is None),
             padded,
             sizes.m <= sizes.n - sizes.p,  # `auto` and `pdipm` choose their form by it
+            id(prepared) if shares_factors else None,
         )
     return Lot(
         key=key,
@@ -88,8 +107,10 @@ def lot_of(request: SolveRequest, problem: QP, cotangents: Mapping[str, Tensor],
     )
 
 
-def _repeats_little(problem: QP, count: int) -> bool:
-    if count == 1:
-        return True
-    shared = (t for t in (problem.Q, problem.G, problem.A) if t is not None and t.ndim == 2)
-    return count * sum(t.numel() for t in shared) <= REPEATED
+def _repeats_little(matrices: Sequence[Tensor], count: int) -> bool:
+    return count == 1 or count * sum(t.numel() for t in matrices if t.ndim == 2) <= REPEATED
+
+
+def _is_factored(matrices: Sequence[Tensor], prepared: Prepared) -> bool:
+    is_shared = all(t.ndim == 2 and prepared.knows([t]) for t in matrices)
+    return is_shared and sum(t.numel() for t in matrices) >= FACTORED

@@ -13,7 +13,7 @@ from argrad.problems import QP, Adjoint, Solution
 from argrad.problems.qp import DIMENSIONS
 from argrad_service.batching.frames import Frame, Sizes
 from argrad_service.engine.options import ShouldStop
-from argrad_service.engine.outcome import Backward, Outcome, Tangents
+from argrad_service.engine.outcome import Backward, Forward, Outcome, Tangents
 
 NUMBERS = ("iterations", "primal_residual", "dual_residual", "gap", "objective")
 
@@ -107,31 +107,80 @@ def _stacked(points: Sequence[P]) -> P:
     return type(points[0])(**blocks)
 
 
-def of_batch(merged: Outcome, start: int, count: int, frame: Frame, problem: QP, piece: Outcome | None) -> Assembled:
-    """One caller's part of a merged batch.
+def of_batch(
+    merged: Outcome, counts: Sequence[int], frames: Sequence[Frame], problems: Sequence[QP], is_kept: Sequence[bool]
+) -> list[Assembled]:
+    """Each caller's part of a merged batch.
 
     Args:
         merged: Of the batch.
-        start: Where the caller's problems begin.
-        count: How many they are.
-        frame: Their padding.
-        problem: As the caller stated it.
-        piece: Outcome of them alone, where a derivative may be asked for later.
+        counts: Problems of each caller.
+        frames: Their padding.
+        problems: As the callers stated them.
+        is_kept: Of whom a derivative may be asked for later; a part that is kept holds nothing of the others.
+
+    Raises:
+        TypeError: a part is to be kept of an outcome that cannot be divided.
     """
-    stop = start + count
-    source = merged.solution if piece is None else piece.solution
-    rows = slice(start, stop) if piece is None else slice(None)
-    return Assembled(
-        problem=problem,
-        solution=frame.trim(Solution(**{name: t[rows] for name, t in source.blocks().items()})),
-        status=merged.status[start:stop],
-        flags=merged.flags[start:stop],
-        solver=merged.solver,
-        options=merged.options,
-        measures={name: values[start:stop] for name, values in merged.measures.items()},
-        pieces=() if piece is None else (Piece(outcome=piece, frame=frame, count=count),),
-        **{name: getattr(merged, name)[start:stop] for name in NUMBERS},
-    )
+    points = _divided(merged.solution.blocks(), counts)
+    numbers = _divided({name: getattr(merged, name) for name in NUMBERS}, counts)
+    measures = _divided(merged.measures, counts)
+    parts, start = [], 0
+    for i, (count, frame) in enumerate(zip(counts, frames, strict=True)):
+        stop = start + count
+        solution = Solution(**points[i])
+        pieces: tuple[Piece, ...] = ()
+        if is_kept[i]:
+            if not isinstance(merged, Forward):
+                raise TypeError(f"an outcome of type {type(merged).__name__} cannot be divided")
+            piece = merged.cut(start, stop, problems[i] if _is_as_solved(problems[i], frame, merged.problem) else None)
+            solution, pieces = piece.solution, (Piece(outcome=piece, frame=frame, count=count),)
+        part = Assembled(
+            problem=problems[i],
+            solution=frame.trim(solution),
+            status=merged.status[start:stop],
+            flags=merged.flags[start:stop],
+            solver=merged.solver,
+            options=merged.options,
+            measures=measures[i],
+            pieces=pieces,
+            **numbers[i],
+        )
+        parts.append(part)
+        start = stop
+    return parts
+
+
+def _is_as_solved(problem: QP, frame: Frame, whole: QP) -> bool:
+    """Whether a caller's tensors are what was solved: not padded, in the engine's dtype and on its device."""
+    return frame.is_tight and (problem.dtype, problem.device) == (whole.dtype, whole.device)
+
+
+def of_whole(backward: Backward, counts: Sequence[int], frames: Sequence[Frame]) -> list[Backward]:
+    """Each caller's part of the derivative of a merged batch."""
+    points, measures = _divided(backward.adjoint.blocks(), counts, -2), _divided(backward.measures, counts)
+    parts, start = [], 0
+    for i, (count, frame) in enumerate(zip(counts, frames, strict=True)):
+        stop = start + count
+        part = Backward(
+            adjoint=frame.trim(Adjoint(**points[i])),
+            gradient_status=backward.gradient_status[start:stop],
+            flags=backward.flags[start:stop],
+            method=backward.method,
+            measures=measures[i],
+        )
+        parts.append(part)
+        start = stop
+    return parts
+
+
+def _divided(tensors: Mapping[str, Tensor], counts: Sequence[int], axis: int = 0) -> list[dict[str, Tensor]]:
+    """Views of each caller's part of tensors of the batch: one visit to torch a tensor, however many callers."""
+    parts: list[dict[str, Tensor]] = [{} for _ in counts]
+    for name, tensor in tensors.items():
+        for part, own in zip(parts, tensor.split_with_sizes(list(counts), axis), strict=True):
+            part[name] = own
+    return parts
 
 
 def of_slices(outcomes: Sequence[Outcome], problem: QP) -> Assembled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -207,12 +208,36 @@ class CompiledFactor:
 
 def finish(data: Data, solved: Solved) -> Finished:
     """Everything that a batch needs whose every problem was solved: nothing is left to compute."""
-    count, index = torch.from_numpy(solved.factors.count), torch.from_numpy(solved.factors.index)
-    width = int(count.amax())
-    rows = Rows(index=index[:, :width], valid=torch.arange(width) < count.unsqueeze(-1))
     names = ("primal", "dual", "gap", "objective", "scaled")
     judged = Residuals(**dict(zip(names, solved.report.unbind(1), strict=True)))
-    return Finished(factor=CompiledFactor(data=data, factors=solved.factors, rows=rows), s=solved.s, judged=judged)
+    return Finished(factor=factor_of(data, solved.factors), s=solved.s, judged=judged)
+
+
+def factor_of(data: Data, factors: Factors) -> CompiledFactor:
+    """The KKT systems of problems that the kernels solved."""
+    count, index = torch.from_numpy(factors.count), torch.from_numpy(factors.index)
+    width = int(count.amax())
+    rows = Rows(index=index[:, :width], valid=torch.arange(width) < count.unsqueeze(-1))
+    return CompiledFactor(data=data, factors=factors, rows=rows)
+
+
+def join_factors(parts: Sequence[Factors], counts: Sequence[int]) -> Factors:
+    """What the kernels know of several batches of one shape, as of one; copies, but for what all of them share."""
+
+    def shared_or_all(arrays: Sequence[Array]) -> Array:
+        if len(arrays[0]) == 1 and all(array is arrays[0] for array in arrays):
+            return arrays[0]
+        repeated = [np.broadcast_to(a, (n, *a.shape[1:])) for a, n in zip(arrays, counts, strict=True)]
+        return np.concatenate(repeated)
+
+    return Factors(
+        L=shared_or_all([part.L for part in parts]),
+        X=shared_or_all([part.X for part in parts]),
+        scale=shared_or_all([part.scale for part in parts]),
+        S=np.concatenate([part.S for part in parts]),
+        index=np.concatenate([part.index for part in parts]),
+        count=np.concatenate([part.count for part in parts]),
+    )
 
 
 @lru_cache(maxsize=1)

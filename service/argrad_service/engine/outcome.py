@@ -71,20 +71,27 @@ class Forward(Outcome):
     data: Data
     factor: KKTFactor
 
-    def cut(self, start: int, stop: int) -> Forward:
+    def cut(self, start: int, stop: int, problem: QP | None = None) -> Forward:
         """The outcome of the problems from start to stop alone, of more than one; it holds nothing of the others.
 
-        Every parameter of the problem has a batch dimension.
+        Args:
+            start: First problem.
+            stop: One behind the last.
+            problem: These problems, if the caller holds them anyway; by default they are copied.
 
         Raises:
             TypeError: the outcome of problems with an entropy cannot be divided.
         """
         factor, numbers = self.factor.cut(start, stop), {}
+        if problem is None:
+            given = self.problem.parameters()
+            own = {name: cut(t, start, stop) if self.problem.is_batched(name) else t for name, t in given.items()}
+            problem = QP.of_checked(own)
         for name in ("iterations", "primal_residual", "dual_residual", "gap", "objective"):
             numbers[name] = getattr(self, name)[start:stop].clone()
         return replace(
             self,
-            problem=QP.of_checked({name: t[start:stop].clone() for name, t in self.problem.parameters().items()}),
+            problem=problem,
             data=factor.factor.data,
             factor=factor,
             solution=Solution(**{name: t[start:stop].clone() for name, t in self.solution.blocks().items()}),

@@ -14,33 +14,34 @@ from typing import Any, Protocol, TypeVar
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from argrad.wire import (
     JSON,
+    ZSTD,
     JsonLimits,
-    UnsupportedMediaTypeError,
+    body_encoding,
     body_format,
     decode,
-    encode,
-    encoded_size,
+    reply_encoding,
     reply_format,
 )
 from argrad.wire.messages import Message as Document
 from argrad.wire.messages import SolveReply, TensorMap
 from argrad_service.engine.options import ShouldStop
-from argrad_service.http.body import Body, read_body
+from argrad_service.http.body import INLINE_BYTES, Body, read_body
+from argrad_service.http.compressed import read_compressed
 from argrad_service.http.problems import BadRequest, BodyTooSlow
 from argrad_service.http.record import Record
+from argrad_service.http.replies import write_reply
 from argrad_service.operations import Operations
 from argrad_service.scheduling import DeadlinePassed, Job, Overloaded, Pending, Scheduler, Share
 from argrad_service.settings import Settings, variable
-from argrad_service.solves import Participant, Solve, solve_together
+from argrad_service.solves import Solve
 from argrad_service.state import StateGone
+from argrad_service.together import Participant, pull_back_together, solve_together
+from argrad_service.vjps import Vjp
 from argrad_service.working import Reply, Run, Timings
-
-INLINE_BYTES = 64 * 1024
-"""A body up to this size is decoded, and a reply encoded, on the event loop: a change of threads would cost more."""
 
 MAX_RELEASED = 256
 """Most tokens in one Argrad-Release header."""
@@ -97,8 +98,8 @@ class Exchange:
         headers, record = request.headers, Record.of(request.scope)
         deadline = time.monotonic() + self._timeout_s(headers)
         source = body_format(headers.get("content-type"))
-        _check_encoding(headers)
         target = reply_format(headers.get("accept"), default=source)
+        encoding = reply_encoding(headers.get("accept-encoding"))
         self._release(headers)
         with self._counted() as reserve:
             body = await self._read(request, source, deadline, reserve)
@@ -121,10 +122,10 @@ class Exchange:
             reply, tensors = await self.scheduler.result(job, lambda: _gone(request.receive))
             record.stages_ms.update(timings)
             nbytes = sum(tensor.nbytes for tensor in tensors.values())
-            buffers = await self._stage(record, "encode", nbytes, lambda: encode(reply, tensors, target))
+            written = await self._stage(record, "encode", nbytes, lambda: write_reply(reply, tensors, target, encoding))
         record.problems = _count_statuses(reply)
-        record.reply_bytes = encoded_size(buffers)
-        return _Buffers(buffers, record.reply_bytes, target)
+        record.reply_bytes = written.nbytes
+        return written
 
     async def receive(
         self, request: Request, model: type[Asked], work: Callable[[Asked, TensorMap], T]
@@ -145,7 +146,6 @@ class Exchange:
         headers, record = request.headers, Record.of(request.scope)
         deadline = time.monotonic() + self._timeout_s(headers)
         source = body_format(headers.get("content-type"))
-        _check_encoding(headers)
         target = reply_format(headers.get("accept"), default=source)
         self._release(headers)
         with self._counted() as reserve:
@@ -208,20 +208,21 @@ class Exchange:
             self.pending.leave(held)
 
     async def _read(self, request: Request, source: str, deadline: float, reserve: Callable[[int], None]) -> Body:
-        settings = self.settings
+        settings, headers = self.settings, request.headers
+        encoding = body_encoding(headers.get("content-encoding"))
         is_json = source == JSON and settings.max_json_bytes < settings.max_body_bytes
         name, advice = ("max_json_bytes", "; the binary form may be larger") if is_json else ("max_body_bytes", "")
         max_bytes = int(getattr(settings, name))
+        limit = f"at most {max_bytes} bytes ({variable(name)}{advice})"
         left_s = deadline - time.monotonic()
+        length, receive = headers.get("content-length"), request.receive
         try:
             async with asyncio.timeout(min(settings.body_timeout_s, left_s)):
-                return await read_body(
-                    request.receive,
-                    request.headers.get("content-length"),
-                    max_bytes=max_bytes,
-                    limit=f"at most {max_bytes} bytes ({variable(name)}{advice})",
-                    reserve=reserve,
-                )
+                if encoding == ZSTD:
+                    return await read_compressed(
+                        receive, length, max_bytes=max_bytes, limit=limit, reserve=reserve, in_thread=self._in_thread
+                    )
+                return await read_body(receive, length, max_bytes=max_bytes, limit=limit, reserve=reserve)
         except TimeoutError:
             if left_s < settings.body_timeout_s:
                 raise DeadlinePassed("the deadline passed before the body was complete") from None
@@ -234,36 +235,36 @@ class Exchange:
         if nbytes <= INLINE_BYTES:
             result = work()
         else:
-            result = await asyncio.get_running_loop().run_in_executor(self.codecs, work)
+            result = await self._in_thread(work)
         record.stages_ms[name] = 1e3 * (time.perf_counter() - began)
         return result
 
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.codecs, work)
+
 
 def _share(run: Run[Reply], timings: Timings) -> Share[tuple[Reply, TensorMap]] | None:
-    """How a call may be solved together with others'."""
-    if not isinstance(run, Solve) or run.lot is None or run.lot.key is None:
+    """How a call may be done together with others'."""
+    if not isinstance(run, Solve | Vjp) or run.lot is None or run.lot.key is None:
         return None
     lot, item = run.lot, (run, timings)
     return Share(key=lot.key, flops=lot.flops, nbytes=lot.nbytes, item=item, together=_together)
 
 
 def _together(jobs: Sequence[Job[Any]], should_stop: ShouldStop) -> list[Any]:
-    """Solve several calls as one batch; those whose callers left meanwhile have lost their `share`."""
+    """Do several calls as one batch; those whose callers left meanwhile have lost their `share`."""
     shares = [job.share for job in jobs]
-    participants = []
+    participants: list[Participant[Any]] = []
     for job, share in zip(jobs, shares, strict=True):
         if share is not None:
-            solve, timings = share.item
+            asked, timings = share.item
             timings["queue"] = 1e3 * job.queued_s
-            participants.append(Participant(solve=solve, timings=timings, has_left=job.should_stop))
-    answers = iter(solve_together(participants, should_stop))
+            participants.append(Participant(asked=asked, timings=timings, has_left=job.should_stop))
+    if not participants:
+        return [None] * len(jobs)
+    work = solve_together if isinstance(participants[0].asked, Solve) else pull_back_together
+    answers = iter(work(participants, should_stop))
     return [None if share is None else next(answers) for share in shares]
-
-
-def _check_encoding(headers: Headers) -> None:
-    encoding = headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise UnsupportedMediaTypeError("Content-Encoding", repr(encoding[:40]), "a body that is not compressed")
 
 
 async def _gone(receive: Receive) -> None:
@@ -280,21 +281,3 @@ def _count_statuses(reply: Document) -> dict[str, int]:
     for status in statuses:
         counts[status] = counts.get(status, 0) + 1
     return counts
-
-
-class _Buffers(Response):
-    """A reply of several buffers, which are not joined if they are large."""
-
-    def __init__(self, buffers: list[bytes | memoryview], nbytes: int, media_type: str) -> None:
-        self.status_code = 200
-        self.background = None
-        self.body = b""
-        self._buffers = [b"".join(buffers)] if nbytes <= INLINE_BYTES else buffers
-        self.raw_headers = [(b"content-length", str(nbytes).encode()), (b"content-type", media_type.encode())]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
-        """Send head and buffers."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        last = len(self._buffers) - 1
-        for i, buffer in enumerate(self._buffers):
-            await send({"type": "http.response.body", "body": buffer, "more_body": i < last})

@@ -63,7 +63,8 @@ class Scheduler:
     """Runs jobs on its own threads, backward before forward, first come first served within each.
 
     A thread that is idle takes a job at once; while all are busy jobs wait, and the thread that is free next takes all
-    those that can be done together with the first. No timer makes a batch larger: who comes alone goes alone.
+    those that can be done together with the first. No timer makes a batch larger: who comes alone goes alone. But calls
+    that one turn of the event loop brings go together: while it turns, no thread could run much Python anyway.
 
     Args:
         threads: Batches that run at the same time.
@@ -88,7 +89,7 @@ class Scheduler:
         self._threads: set[threading.Thread] = set()
         self._running = self._restarts = 0
         self._last_crash: str | None = None
-        self._is_stopping = False
+        self._is_stopping = self._is_waking = False
         self._mean_run_s = 0.0
 
     def start(self) -> None:
@@ -138,8 +139,16 @@ class Scheduler:
             if len(self._queue) >= self._max_queue:
                 raise Overloaded(f"{len(self._queue)} calls wait for the solver, the limit", self.retry_after_s())
             self._queue.push(job, job.submitted_at)
-            self._changed.notify()
+        if not self._is_waking:
+            self._is_waking = True
+            asyncio.get_running_loop().call_soon(self._wake)
         return job
+
+    def _wake(self) -> None:
+        """Tell an idle thread of the jobs that this turn of the event loop has brought: it takes all of them."""
+        self._is_waking = False
+        with self._changed:
+            self._changed.notify(self._max_threads)
 
     async def result(self, job: Job[T], caller_gone: Callable[[], Awaitable[None]]) -> T:
         """Wait for a job, for its deadline, or for its caller's going, whichever comes first.

@@ -15,6 +15,7 @@ from typing import Any
 from threadpoolctl import ThreadpoolController
 
 from argrad_service.engine.options import ShouldStop, Stopped, never_stop
+from argrad_service.engine.threads import is_in_one_thread
 
 PIECES_PER_THREAD = 4
 """Pieces of a batch for each thread: problems differ in their work."""
@@ -67,7 +68,9 @@ def blas_for(work: float) -> contextlib.AbstractContextManager[None]:
 def over_batch(
     kernel: Callable[[int, int], None], batch: int, *, work: float, should_stop: ShouldStop = never_stop
 ) -> None:
-    """Run a kernel over ranges of a batch on all cores, the caller's thread among them; a small batch in that alone.
+    """Run a kernel over ranges of a batch on all cores, the caller's thread among them.
+
+    A small batch, and every one inside `in_one_thread`, is done in that thread alone.
 
     Args:
         kernel: Called with the first problem and one behind the last of each range.
@@ -84,7 +87,7 @@ def over_batch(
             raise Stopped
         kernel(start, stop)
 
-    threads = _threads()
+    threads = 1 if is_in_one_thread() else _threads()
     is_small = threads == 1 or batch < SMALLEST_BATCH or batch * work < 2e5
     pieces = min(batch, max(1 if is_small else threads * PIECES_PER_THREAD, math.ceil(batch * work / PIECE_WORK)))
     edges = [batch * i // pieces for i in range(pieces + 1)]
