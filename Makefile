@@ -77,7 +77,7 @@ bench: $(BENCH_VENV)/with-bench $(PEERS)/qpth ## time argrad beside its peers; B
 	@PYTHONPATH=$(PEERS) $(STEADY) $(BENCH_VENV)/bin/python examples/with_service.py --fresh $(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
 
 .PHONY: bench-serving
-bench-serving: $(SERVING_VENV)/with-serving ## time a step through the service beside Tesseract; BENCH="--quick"
+bench-serving: $(SERVING_VENV)/with-serving ## measure the service beside Tesseract and without batching; BENCH="--quick"
 	@$(STEADY) $(SERVING_VENV)/bin/python examples/with_service.py --fresh $(SERVING_VENV)/bin/python -m benchmarks.serving $(BENCH)
 
 .PHONY: bench-page

@@ -1,4 +1,4 @@
-"""Many callers at once: 32 tasks of one process with one problem each, against the service with batching and without.
+"""Callers at once: 32 tasks of one process, or one, against the service with batching and without.
 
 A call is a solve with its gradient in one round trip. What is timed is the service: each caller writes a body that is
 ready on a connection of its own, and reads the reply without looking into it. The services run beside each other and
@@ -8,15 +8,12 @@ are loaded in turns, so that what else the machine does falls on all of them.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -27,44 +24,59 @@ from torch import Tensor
 from argrad.problems import QP
 from argrad.wire import SAFETENSORS, decode, encode
 from argrad.wire.messages import SolverDocument, SolveReply, SolveRequest
+from benchmarks.serving.services import IDENTITY, SERVE, serving
 from benchmarks.workloads import optnet
-from examples.with_service import free_port, is_ready
 
 CALLERS = 32
-START_TIMEOUT_S = 120.0
 MIXED = (20, 60)
 """Least and largest n of the problems of mixed shapes, drawn uniformly; m = n."""
 
-SERVE = ("-m", "argrad_service")
-IDENTITY = ("-m", "benchmarks.serving.identity")
+
+BATCHING, PLAIN, NO_SOLVER = "batching", "no batching", "no solver"
+"""The services: with batching and without; and one that answers without solving, which shows what all else takes."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the callers ask."""
+    """What the callers ask.
 
+    Args:
+        key: Names the case in results.
+        name: What the table calls it.
+        solver: Who solves.
+        problems: One a caller.
+        cotangents: Of their solutions.
+        turns: Into how many a round is divided: more where less is to be told apart.
+    """
+
+    key: str
     name: str
     solver: str
     problems: Sequence[QP]
     cotangents: Sequence[Tensor]
+    turns: int = 1
 
 
 def cases(seed: int) -> list[Case]:
-    """One size or mixed sizes, and `auto`, whose solves are so short that the service's own work shows."""
+    """One size or mixed sizes; `auto`, whose solves are so short that other work shows; and a lone caller."""
     sizes = torch.randint(MIXED[0], MIXED[1] + 1, (CALLERS,), generator=torch.Generator().manual_seed(seed)).tolist()
     return [
-        _case("n = m = 10, pdipm", "pdipm", [10] * CALLERS, seed),
-        _case("n = m = 50, pdipm", "pdipm", [50] * CALLERS, seed),
-        _case("n = m from 20 to 60, pdipm", "pdipm", sizes, seed),
-        _case("n = m = 10, auto", "auto", [10] * CALLERS, seed),
-        _case("n = m = 50, auto", "auto", [50] * CALLERS, seed),
+        _case("pdipm 10", "n = m = 10, pdipm", "pdipm", [10] * CALLERS, seed),
+        _case("pdipm 50", "n = m = 50, pdipm", "pdipm", [50] * CALLERS, seed),
+        _case("pdipm mixed", "n = m from 20 to 60, pdipm", "pdipm", sizes, seed),
+        _case("auto 10", "n = m = 10, auto", "auto", [10] * CALLERS, seed),
+        _case("auto 50", "n = m = 50, auto", "auto", [50] * CALLERS, seed),
+        replace(_case("lone auto 10", "n = m = 10, auto", "auto", [10], seed), turns=10),
+        replace(_case("lone pdipm 50", "n = m = 50, pdipm", "pdipm", [50], seed), turns=10),
     ]
 
 
-def _case(name: str, solver: str, sizes: Sequence[int], seed: int) -> Case:
+def _case(key: str, name: str, solver: str, sizes: Sequence[int], seed: int) -> Case:
+    """OptNet's random problems, n = m, one a caller."""
     drawn = [optnet(n, 1, seed=seed + i) for i, n in enumerate(sizes)]
-    problems = [QP(**{k: t[0] if t.shape[0] == 1 else t for k, t in w.parameters.items()}) for w in drawn]
-    return Case(name, solver, problems, [w.grad_z[0] for w in drawn])
+    problems = [QP(**{k: t[0] for k, t in w.parameters.items()}) for w in drawn]
+    callers = f"{len(sizes)} caller{'s' if len(sizes) > 1 else ''}"
+    return Case(key, f"{name}, {callers}", solver, problems, [w.grad_z[0] for w in drawn])
 
 
 def measure(seed: int, *, seconds: float, rounds: int) -> list[dict[str, Any]]:
@@ -75,60 +87,66 @@ def measure(seed: int, *, seconds: float, rounds: int) -> list[dict[str, Any]]:
         seconds: That each case loads each service for in each round.
         rounds: Of all services in turns.
     """
-    found = []
     with ExitStack() as stack:
         started = {
-            "batching": stack.enter_context(_serving(SERVE)),
-            "no batching": stack.enter_context(_serving(SERVE, ARGRAD_BATCHING="false")),
-            "no solver": stack.enter_context(_serving(IDENTITY)),
+            BATCHING: stack.enter_context(serving(SERVE)),
+            PLAIN: stack.enter_context(serving(SERVE, ARGRAD_BATCHING="false")),
+            NO_SOLVER: stack.enter_context(serving(IDENTITY)),
         }
-        for case in cases(seed):
-            print(case.name, file=sys.stderr)
-            taken: dict[str, list[float]] = {who: [] for who in started}
-            rates: dict[str, list[float]] = {who: [] for who in started}
-            before = _batches(started["batching"])
-            for _ in range(rounds):
-                for who, url in started.items():
-                    latencies, took = asyncio.run(_load(url, case, seconds))
-                    taken[who] += latencies
-                    rates[who].append(len(latencies) / took)
-            after = _batches(started["batching"])
-            found.append(
-                {
-                    "name": case.name,
-                    "mean_batch": (after[0] - before[0]) / max(1.0, after[1] - before[1]),
-                    "differs": asyncio.run(_difference(started, case)),
-                    "who": {
-                        who: {
-                            "calls_per_s": median(rates[who]),
-                            "median_ms": 1e3 * median(times),
-                            "p99_ms": 1e3 * sorted(times)[int(0.99 * len(times))],
-                            "calls": len(times),
-                        }
-                        for who, times in taken.items()
-                    },
-                }
-            )
-    return found
+        return [_measure_one(case, started, seconds=seconds, rounds=rounds) for case in cases(seed)]
+
+
+def _measure_one(case: Case, started: Mapping[str, str], *, seconds: float, rounds: int) -> dict[str, Any]:
+    print(case.name, file=sys.stderr)
+    taken: dict[str, list[float]] = {who: [] for who in started}
+    rates: dict[str, list[float]] = {who: [] for who in started}
+    before = _batches(started[BATCHING])
+    for _ in range(rounds * case.turns):
+        for who, url in started.items():
+            latencies, took = asyncio.run(_load(url, case, seconds / case.turns))
+            taken[who] += latencies
+            rates[who].append(len(latencies) / took)
+    after = _batches(started[BATCHING])
+    return {
+        "key": case.key,
+        "name": case.name,
+        "mean_batch": (after[0] - before[0]) / max(1.0, after[1] - before[1]),
+        "differs": asyncio.run(_difference(started, case)),
+        "who": {
+            who: {
+                "calls_per_s": median(rates[who]),
+                "median_ms": 1e3 * median(times),
+                "p99_ms": 1e3 * sorted(times)[int(0.99 * len(times))],
+                "calls": len(times),
+            }
+            for who, times in taken.items()
+        },
+    }
 
 
 def render(found: Sequence[dict[str, Any]]) -> str:
-    """The table: calls a second and latency, and how many times those without batching."""
+    """The table: calls a second and latency, and how many times those of the other services."""
     lines = [
-        f"{CALLERS} callers at once, one problem each, solved and differentiated in one call.",
+        "Callers at once, one problem each, solved and differentiated in one call.",
         "",
-        "| problems | service | calls/s | to no batching | median ms | p99 ms | mean batch | gradient differs by |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| problems | service | calls/s | to no batching | to no solver | median ms | p99 ms | mean batch "
+        "| gradient differs by |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for case in found:
-        plain = case["who"]["no batching"]["calls_per_s"]
         for who, row in case["who"].items():
-            own = f"{case['mean_batch']:.1f} | {case['differs']:.0e}" if who == "batching" else " | "
+            ratios = " | ".join(f"{rate_ratio(case, who, other):.2f}" for other in (PLAIN, NO_SOLVER))
+            own = f"{case['mean_batch']:.1f} | {case['differs']:.0e}" if who == BATCHING else " | "
             lines.append(
-                f"| {case['name']} | {who} | {row['calls_per_s']:.0f} | {row['calls_per_s'] / plain:.2f} "
+                f"| {case['name']} | {who} | {row['calls_per_s']:.0f} | {ratios} "
                 f"| {row['median_ms']:.3g} | {row['p99_ms']:.3g} | {own} |"
             )
     return "\n".join(lines)
+
+
+def rate_ratio(case: Mapping[str, Any], who: str, other: str) -> float:
+    """How many times as many calls one service answers as another."""
+    return float(case["who"][who]["calls_per_s"] / case["who"][other]["calls_per_s"])
 
 
 async def _load(url: str, case: Case, seconds: float) -> tuple[list[float], float]:
@@ -151,7 +169,7 @@ async def _load(url: str, case: Case, seconds: float) -> tuple[list[float], floa
             caller.close()
 
 
-async def _difference(started: dict[str, str], case: Case) -> float:
+async def _difference(started: Mapping[str, str], case: Case) -> float:
     """Largest difference of a gradient with batching, all callers at once, from the one without."""
 
     async def gradients(url: str) -> list[dict[str, Tensor]]:
@@ -162,7 +180,7 @@ async def _difference(started: dict[str, str], case: Case) -> float:
         decoded = [decode(SolveReply, reply, SAFETENSORS)[1] for reply in replies]
         return [{name: t for name, t in out.items() if name.startswith("gradients.")} for out in decoded]
 
-    merged, alone = await gradients(started["batching"]), await gradients(started["no batching"])
+    merged, alone = await gradients(started[BATCHING]), await gradients(started[PLAIN])
     pairs = [(a[name], b[name]) for a, b in zip(merged, alone, strict=True) for name in b]
     return max(float((a - b).norm() / b.norm().clamp(min=1.0)) for a, b in pairs)
 
@@ -215,24 +233,3 @@ def _batches(url: str) -> tuple[float, float]:
     if calls is None or batches is None:
         raise RuntimeError("the service counts no batches")
     return float(calls[1]), float(batches[1])
-
-
-@contextmanager
-def _serving(module: Sequence[str], **settings: str) -> Iterator[str]:
-    """A service in a process of its own."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    environment = os.environ | {"ARGRAD_PORT": str(port), "ARGRAD_LOG_LEVEL": "warning"} | settings
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, *module], env=environment, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while not is_ready(url):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise RuntimeError("no service: " + log.read().decode(errors="replace")[-600:])
-                time.sleep(0.1)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(20)

@@ -1,4 +1,4 @@
-"""The command line: `argrad serve | solve | solvers | doctor`.
+"""The command line: `argrad serve | solve | solvers | bench | doctor`.
 
 Exit status: 0, or 1 if what was asked failed, or 2 if it could not be asked (wrong flags, packages that are missing).
 """
@@ -24,12 +24,15 @@ from rich.table import Table
 
 from argrad import operations
 from argrad._version import __version__
+from argrad.bench import run
+from argrad.bench.page import show
+from argrad.bench.plan import Plan, StepKind, options_of
 from argrad.client import LOCAL, Client
 from argrad.errors import ArgradError, MissingExtraError, ProblemError
 from argrad.operations import Exchange, Reply
 from argrad.problems import QP
 from argrad.wire import JSON, WireError, decode, encode
-from argrad.wire.messages import SolveRequest
+from argrad.wire.messages import Gradients, Precision, SolveRequest
 
 COMMAND_GROUP = "argrad.commands"
 """Entry points of this group are commands that other packages bring: callables of argv that return an exit status."""
@@ -120,6 +123,73 @@ def solvers(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
         table.add_row(row["name"], *(", ".join(words) for words in columns))
         summaries.add_row(row["name"], row["summary"] + ("" if row["installed"] else " Not installed there."))
     Console().print(table, summaries)
+
+
+@app.command()
+def bench(
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    callers: Annotated[
+        int | None, typer.Option(help="Closed loop (the default, with 8): each sends as soon as it has its reply.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop: steps a second, Poisson; latency counts from when each was due.")
+    ] = None,
+    in_flight: Annotated[int, typer.Option(help="Open loop: most steps at once.")] = 256,
+    duration: Annotated[float, typer.Option(help="Seconds that are measured,")] = 10.0,
+    warmup: Annotated[float, typer.Option(help="after so many of the same load.")] = 2.0,
+    timeout_s: TimeoutS = 60.0,
+    n: Annotated[int, typer.Option("--n", help="Variables of a problem.")] = 10,
+    m: Annotated[int | None, typer.Option("--m", help="Inequalities; by default as many as variables.")] = None,
+    p: Annotated[int, typer.Option("--p", help="Equalities.")] = 0,
+    batch: Annotated[int, typer.Option(help="Problems of a call.")] = 1,
+    step: Annotated[
+        StepKind, typer.Option(help="What a caller does: the gradient comes in the same call, or in a second one.")
+    ] = "solve+gradient",
+    gradients: Annotated[
+        Gradients | None, typer.Option(help="How gradients come back; by default as the adjoint, as layers ask for it.")
+    ] = None,
+    solver: Annotated[str, typer.Option(help="Of `argrad solvers`, or auto.")] = "auto",
+    method: Annotated[str, typer.Option(help="Likewise.")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="Of what travels back.")] = "float64",
+    seed: Annotated[int, typer.Option(help="Of the random problems and of the arrivals.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result there too, as JSON; - prints it alone.")
+    ] = None,
+) -> None:
+    """Load the service, and show throughput, latency and where the time goes; Ctrl-C shows what there is."""
+    try:
+        plan = Plan(
+            url=url,
+            callers=8 if callers is None and rate is None else callers,
+            rate=rate,
+            in_flight=in_flight,
+            duration_s=duration,
+            warmup_s=warmup,
+            timeout_s=timeout_s,
+            n=n,
+            m=n if m is None else m,
+            p=p,
+            batch=batch,
+            step=step,
+            options=options_of(solver, method, precision),
+            gradients=gradients,
+            seed=seed,
+        )
+    except ProblemError as error:
+        _leave(error, status=2)
+    try:
+        result = run(plan, api_key)
+        text = result.model_dump_json(indent=2)
+        if json_file is not None and str(json_file) != "-":
+            json_file.write_text(text + "\n")
+    except (ArgradError, OSError) as error:
+        _leave(error)
+    if str(json_file) == "-":
+        typer.echo(text)
+    else:
+        show(result, Console())
+    raise typer.Exit(0 if result.steps else 1)
 
 
 @app.command()
