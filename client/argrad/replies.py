@@ -43,8 +43,13 @@ def read_statuses(words: str | Sequence[str]) -> tuple[Status, ...]:
     Raises:
         ProtocolError: one of them is not known here.
     """
+    each = one_each(words)
+    if each and each.count(each[0]) == len(each):  # as a rule, and a batch may be thousands
+        words, repeated = each[:1], len(each)
+    else:
+        words, repeated = each, 1
     try:
-        return tuple(Status(word) for word in one_each(words))
+        return tuple(Status(word) for word in words) * repeated
     except ValueError as error:
         raise _unknown(error) from None
 
@@ -55,10 +60,8 @@ def read_report(document: ReportDocument, tensors: TensorMap, timings_ms: dict[s
     Raises:
         ProtocolError: a flag is not known here.
     """
-    groups = [group for group in document.flags if isinstance(group, list)]
-    alone = [word for word in document.flags if isinstance(word, str)]
     try:
-        flags = tuple(tuple(Flag(word) for word in group) for group in groups or [alone])
+        flags = _read_flags(document.flags)
     except ValueError as error:
         raise _unknown(error) from None
     numbers = {name.removeprefix("report."): t for name, t in tensors.items() if name.startswith("report.")}
@@ -71,6 +74,15 @@ def read_report(document: ReportDocument, tensors: TensorMap, timings_ms: dict[s
         timings_ms=timings_ms,
         **known,
     )
+
+
+def _read_flags(given: list[str] | list[list[str]]) -> tuple[tuple[Flag, ...], ...]:
+    """The flags of each problem; those of one without a batch are no list of lists."""
+    if not any(given):
+        return ((),) * max(1, len(given))
+    groups = [group for group in given if isinstance(group, list)]
+    alone = [word for word in given if isinstance(word, str)]
+    return tuple(tuple(Flag(word) for word in group) for group in groups or [alone])
 
 
 def _unknown(error: ValueError) -> ProtocolError:

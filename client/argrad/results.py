@@ -149,6 +149,8 @@ class TangentResult:
 
 def failed_indices(statuses: Sequence[Status]) -> tuple[int, ...]:
     """Positions of the problems that are not optimal."""
+    if statuses.count(Status.OPTIMAL) == len(statuses):
+        return ()
     return tuple(i for i, status in enumerate(statuses) if status != Status.OPTIMAL)
 
 
@@ -158,9 +160,9 @@ def check_gradients(statuses: Sequence[str]) -> None:
     Raises:
         GradientError: names the problems, and why.
     """
-    indices = [i for i, status in enumerate(statuses) if status != OK]
-    if not indices:
+    if statuses.count(OK) == len(statuses):
         return
+    indices = [i for i, status in enumerate(statuses) if status != OK]
     shown = ", ".join(f"{i}: {statuses[i]}" for i in indices[:8])
     more = f", and {len(indices) - 8} more" if len(indices) > 8 else ""
     raise GradientError(

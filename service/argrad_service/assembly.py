@@ -109,11 +109,14 @@ def measured(form: Form, outcome: Outcome | Backward | Tangents) -> TensorMap:
 
 def report(form: Form, forward: Outcome, differentiated: Backward | Tangents | None) -> ReportDocument:
     """`report` without its tensors; flags of the solution and of its differentiation together."""
-    flags = [[flag.value for flag in found] for found in forward.flags]
-    if differentiated is not None:
-        for found, more in zip(flags, differentiated.flags, strict=True):
-            found += [flag.value for flag in more if flag.value not in found]
-    return ReportDocument(
+    more = () if differentiated is None else differentiated.flags
+    flags: list[list[str]] = [[]] * len(forward.flags)
+    if any(forward.flags) or any(more):
+        flags = [[flag.value for flag in found] for found in forward.flags]
+        for found, others in zip(flags, more, strict=False):
+            found += [flag.value for flag in others if flag.value not in found]
+    # What is written here needs no check, and a batch may be thousands.
+    return ReportDocument.model_construct(
         solver=forward.solver,
         method=None if differentiated is None else differentiated.method,
         flags=flags[0] if form.batch_size is None else flags,
@@ -122,8 +125,11 @@ def report(form: Form, forward: Outcome, differentiated: Backward | Tangents | N
 
 def per_problem(form: Form, values: Sequence[str]) -> str | list[str]:
     """One string for each problem, or the only one where nothing is batched."""
-    words = [str(value) for value in values]
-    return words[0] if form.batch_size is None else words
+    if form.batch_size is None:
+        return str(values[0])
+    if values.count(values[0]) == len(values):
+        return [str(values[0])] * len(values)
+    return [str(value) for value in values]
 
 
 def gradient_status(form: Form, differentiated: Backward | Tangents | None) -> str | list[str] | None:

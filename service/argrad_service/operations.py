@@ -182,7 +182,7 @@ class Operations:
                 tangents = jvp(self._engine, forward, canonical, method)
                 out = assembly.measured(form, tangents) if kept else assembly.report_tensors(form, forward, tangents)
                 out |= assembly.tangents(form, forward, tangents, request.failed_gradients)
-            reply = JvpReply(
+            reply = JvpReply.model_construct(
                 report=assembly.report(form, forward, tangents),
                 gradient_status=assembly.gradient_status(form, tangents),
                 timings_ms=timings,

@@ -154,7 +154,7 @@ class Solve:
         if self.keep:
             kept = Kept(form, forward.stopped_by(never_stop), self.versions)
             token = self.store.put(kept, nbytes=kept.nbytes, owner=self.owner)
-        reply = SolveReply(
+        reply = SolveReply.model_construct(
             status=assembly.per_problem(form, forward.status),
             report=assembly.report(form, forward, backward),
             gradient_status=assembly.gradient_status(form, backward),

@@ -81,7 +81,7 @@ class Vjp:
         self, forward: Outcome, backward: Backward, out: TensorMap, timings: Timings
     ) -> tuple[VjpReply, TensorMap]:
         """Put the reply together."""
-        reply = VjpReply(
+        reply = VjpReply.model_construct(
             report=assembly.report(self.form, forward, backward),
             gradient_status=assembly.gradient_status(self.form, backward),
             timings_ms=timings,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,12 +51,12 @@ class Form(ABC):
     def block_sizes(self) -> dict[str, int]:
         """Length of each block of a solution, by the caller's names."""
 
-    @property
+    @cached_property
     def batched(self) -> frozenset[str]:
         """The parameters that have a batch dimension of their own."""
         return frozenset(name for name, t in self.parameters.items() if t.ndim > len(self.dimensions[name]))
 
-    @property
+    @cached_property
     def batch_size(self) -> int | None:
         """B, or None where no parameter has a batch dimension."""
         return batch_size(self.parameters, self.dimensions)

@@ -226,7 +226,7 @@ class ReportDocument(Message):
 
     solver: str
     method: str | None = None
-    flags: list[str] | list[list[str]] = Field(default_factory=list)
+    flags: list[list[str]] | list[str] = Field(default_factory=list, union_mode="left_to_right")
 
 
 class GradientReply(Message):
