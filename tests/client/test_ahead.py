@@ -7,13 +7,13 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, gradcheck
 from torch.func import jacrev, vmap
 
 import argrad
 from argrad import ahead, solve_lp, solve_qp, solve_two_sided_qp
 from argrad.client import Client
-from tests.client.support import D, FakeService, assert_close, draw, infeasible, simplex
+from tests.client.support import NAMES, D, FakeService, assert_close, draw, infeasible, simplex
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
@@ -52,6 +52,16 @@ def test_one_exchange_gives_the_gradients_of_two(batch: int | None, batched: str
     assert found.keys() == wanted.keys() == given.keys()
     for name, gradient in wanted.items():
         assert_close(found[name], gradient, 1e-12 if dtype == D else 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batched", ["QqGhAb", "q"])
+def test_gradcheck(name: str, batched: str) -> None:
+    client, names = over_http()
+    parameters = draw(6, batch=2, batched=batched)
+    leaf = parameters[name].clone().requires_grad_()
+    assert gradcheck(lambda t: solve_qp(client, **(parameters | {name: t})).z, (leaf,), atol=1e-7)
+    assert set(names) == {"solve"}
 
 
 def test_bounds_and_two_sided_rows() -> None:

@@ -29,7 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 @pytest.fixture(scope="module")
 def remote(service_url: str) -> Iterator[Client]:
-    with Client(service_url) as client:
+    """Asks for every derivative; those that come with the solution have `test_ahead`."""
+    with Client(service_url, prefetch=False) as client:
         yield client
 
 
@@ -152,12 +153,16 @@ def test_the_engine_in_a_forked_worker_names_spawn(local: Client) -> None:
 
 
 @pytest.mark.slow
-def test_the_service_is_killed_between_forward_and_backward(tmp_path: Path) -> None:
-    """The same port, another signing key, nothing in memory: the step completes, and with the same gradient."""
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_the_service_is_killed_between_forward_and_backward(tmp_path: Path, *, prefetch: bool) -> None:
+    """The same port, another signing key, nothing in memory: the step completes, and with the same gradient.
+
+    Without `prefetch` the backward pass must ask, and sends what the service has lost.
+    """
     port = free_port()
     given = {name: t.requires_grad_() for name, t in draw(5, batch=3, batched="q").items()}
     with running_service(tmp_path / "first.txt", port=port) as (url, process):
-        client = Client(url)
+        client = Client(url, prefetch=prefetch)
         loss = solve_qp(client, **given).z.square().sum()
         wanted = torch.autograd.grad(loss, list(given.values()), retain_graph=True)
         process.send_signal(signal.SIGKILL)
