@@ -32,7 +32,15 @@ from argrad_service.operations import Operations
 from argrad_service.registered import Registrations
 from argrad_service.scheduling import Job, Pending, PendingLimits, Scheduler
 from argrad_service.settings import Settings, load_settings
-from argrad_service.state import MemoryProblemStore, MemoryStateStore, ProblemStore, StateStore, TokenSigner
+from argrad_service.state import (
+    MemoryProblemStore,
+    MemoryRateCounter,
+    MemoryStateStore,
+    ProblemStore,
+    RateCounter,
+    StateStore,
+    TokenSigner,
+)
 from argrad_service.working import Engine
 
 _CODEC_THREADS = 2
@@ -57,7 +65,7 @@ def create_app(
         store: Keeps forward state; in memory by default.
         problems: Keeps registered problems; in memory by default.
         log: Structured logger; by default to standard error as the settings say.
-        clock: Monotonic seconds, for both stores.
+        clock: Monotonic seconds, for both stores and the rates.
 
     Raises:
         SettingsError: a variable has a wrong value.
@@ -74,6 +82,7 @@ def create_app(
     problems = problems or MemoryProblemStore(
         budget_bytes=settings.problem_budget_bytes, ttl_s=settings.problem_ttl_s, clock=clock
     )
+    rates: RateCounter = MemoryRateCounter(clock=clock)
     registrations = Registrations(problems, settings.limits())
     budget = settings.batch_budget()
     scheduler = Scheduler(
@@ -123,6 +132,7 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.readiness = readiness
+    app.state.rates = rates
     add_routes(app, exchange, registrations, readiness, metrics)
     app.add_middleware(Envelope, metrics=metrics, log=log)
     app.calls = Calls(app)
