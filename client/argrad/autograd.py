@@ -6,7 +6,6 @@ Its backward and its jvp are operations of `argrad.derivatives` and `argrad.tang
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -65,16 +64,17 @@ def differentiable_solve(
         gradients=gradients,
         on_failure=on_failure,
         call=operations.call_within(client.timeout_s, timeout_s, request_id or secrets.token_hex(8)),
-        keep_state=is_tracked(parameters.values()),
+        learned=find_learned(parameters),
         start=start,
         fetches_ahead=client.fetches_ahead and is_pulled_back and gradients == "adjoint" and start is None,
     )
     return record.named_blocks(apply(_Solve, record, *parameters.values()))
 
 
-def is_tracked(tensors: Iterable[Tensor]) -> bool:
-    """Whether a derivative may be asked for, in reverse or in forward mode."""
-    return any((torch.is_grad_enabled() and tensor.requires_grad) or _has_tangent(tensor) for tensor in tensors)
+def find_learned(parameters: Blocks) -> frozenset[str]:
+    """Names of the parameters with respect to which a derivative may be asked for, in reverse or in forward mode."""
+    is_recording = torch.is_grad_enabled()
+    return frozenset(name for name, t in parameters.items() if (is_recording and t.requires_grad) or _has_tangent(t))
 
 
 def _has_tangent(tensor: Tensor) -> bool:
@@ -110,6 +110,7 @@ def solved(record: Recorded, *parameters: Tensor) -> Tensors:
         call=record.call,
         upstream=units,
         gradients=record.gradients,
+        learned=record.learned,
         keep_state=record.keep_state and units is None,
         warm_start=start,
         check=False,

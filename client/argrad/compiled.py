@@ -36,7 +36,7 @@ from argrad.warm import WarmStart
 TICKET_BYTES = 512
 """Length of a ticket: JSON, filled up with spaces."""
 
-_SETTINGS = "str client, str kind, str names, str options, str on_failure, float? timeout_s"
+_SETTINGS = "str client, str kind, str names, str learned, str options, str on_failure, float? timeout_s"
 
 
 def solve_in_graph(
@@ -65,15 +65,15 @@ def solve_in_graph(
     Returns:
         The blocks of the solution by name.
     """
-    settings = (client.handle, kind, ",".join(parameters), options.text, on_failure, timeout_s)
     tensors = list(parameters.values())
-    is_tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    out = torch.ops.argrad.solve(tensors, *settings, request_id, is_tracked, None if start is None else start.handle)
+    learned = [name for name, tensor in parameters.items() if torch.is_grad_enabled() and tensor.requires_grad]
+    settings = (client.handle, kind, ",".join(parameters), ",".join(learned), options.text, on_failure, timeout_s)
+    out = torch.ops.argrad.solve(tensors, *settings, request_id, None if start is None else start.handle)
     return dict(zip(block_names(kind, tuple(parameters)), out[:-2], strict=True))
 
 
-def _record(settings: Sequence[Any], call: Call, *, keep_state: bool) -> Recorded:
-    handle, kind, names, options, on_failure, _ = settings
+def _record(settings: Sequence[Any], call: Call) -> Recorded:
+    handle, kind, names, learned, options, on_failure, _ = settings
     check_choices(on_failure, "adjoint")
     return Recorded(
         client=look_up(handle, Client),
@@ -83,18 +83,18 @@ def _record(settings: Sequence[Any], call: Call, *, keep_state: bool) -> Recorde
         gradients="adjoint",
         on_failure=on_failure,
         call=call,
-        keep_state=keep_state,
+        learned=frozenset(filter(None, learned.split(","))),
     )
 
 
 @torch.library.custom_op(
     "argrad::solve",
     mutates_args=(),
-    schema=f"(Tensor[] parameters, {_SETTINGS}, str? request_id, bool keep_state, str? start) -> Tensor[]",
+    schema=f"(Tensor[] parameters, {_SETTINGS}, str? request_id, str? start) -> Tensor[]",
 )
 def _solve(parameters: Sequence[Tensor], *settings_and_more: Any) -> list[Tensor]:
-    *settings, request_id, keep_state, start = settings_and_more
-    record = _record(settings, Call(), keep_state=keep_state)
+    *settings, request_id, start = settings_and_more
+    record = _record(settings, Call())
     record.start = None if start is None else look_up(start, WarmStart)
     record.call = operations.call_within(record.client.timeout_s, settings[-1], request_id or secrets.token_hex(8))
     blocks = solved(record, *parameters)
@@ -138,7 +138,7 @@ def _adjoint(
 ) -> list[Tensor]:
     known = orjson.loads(ticket.numpy().tobytes())
     call = Call(request_id=known["request_id"], affinity=known["affinity"])
-    record = _record(settings, call, keep_state=False)
+    record = _record(settings, call)
     timeout_s = record.client.timeout_s if settings[-1] is None else settings[-1]
     record.call = replace(call, timeout_s=timeout_s)
     record.failed = tuple(failed.nonzero().flatten().tolist())
@@ -192,7 +192,7 @@ def _(_parameters: Sequence[Tensor], solution: Sequence[Tensor], *rest: Any) -> 
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    parameters, *ctx.settings = inputs[:-3]
+    parameters, *ctx.settings = inputs[:-2]
     ctx.count = len(parameters)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*parameters, *output)
@@ -201,7 +201,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _pull_back(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     kind, names = ctx.settings[1], tuple(ctx.settings[2].split(","))
     parameters, (*solution, ticket, failed) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    nothing = (None,) * (len(ctx.settings) + 3)
+    nothing = (None,) * (len(ctx.settings) + 2)
     pulling = without_empty(grads[:-2])
     if all(given is None for given in pulling):
         return [None] * ctx.count, *nothing

@@ -44,12 +44,21 @@ Name = Literal["solve", "vjp", "jvp", "register"]
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """Send a message, and read the reply."""
+    """Send a message, and read the reply.
+
+    Args:
+        name: Of the operation.
+        request: The document.
+        tensors: Beside it.
+        call: Deadline, request id and affinity.
+        learned: Parameters that need a gradient, and so are new in most calls.
+    """
 
     name: Name
     request: Message
     tensors: TensorMap
     call: Call
+    learned: frozenset[str] = frozenset()
 
 
 Reply = tuple[Message, TensorMap]
@@ -65,12 +74,14 @@ class Place:
         parameters: By the caller's names.
         solution: Blocks by the caller's names.
         state: Token that stands for all three, while the service keeps it.
+        learned: Parameters that need a gradient.
     """
 
     kind: Literal["qp", "qp_two_sided", "sparse_qp"]
     parameters: Mapping[str, Tensor]
     solution: Mapping[str, Tensor]
     state: str | None
+    learned: frozenset[str] = frozenset()
 
 
 def form_of(problem: QP | Form, trusted: Collection[str] = ()) -> Form:
@@ -103,7 +114,13 @@ def place_of(point: Point) -> Place:
         parameters=point.problem.parameters,
         solution=point.solution,
         state=point.state,
+        learned=learned_of(point.problem),
     )
+
+
+def learned_of(form: Form) -> frozenset[str]:
+    """Parameters that say that they need a gradient."""
+    return frozenset(name for name, tensor in form.parameters.items() if tensor.requires_grad)
 
 
 def call_within(default_s: float | None, timeout_s: float | None, request_id: str | None) -> Call:
@@ -138,10 +155,12 @@ def solve(
     failed_gradients: FailedGradients = "nan",
     keep_state: bool | None = None,
     warm_start: Mapping[str, Tensor] | Point | None = None,
+    learned: frozenset[str] | None = None,
     check: bool = True,
 ) -> Generator[Exchange, Reply, SolveResult]:
-    """POST /v1/solve; see `Client.solve`."""
+    """POST /v1/solve; see `Client.solve`. `learned` parameters are by default those that say so themselves."""
     form = form_of(problem)
+    learned = learned_of(form) if learned is None else learned
     if wrt is not None:
         wrt = part_names(form, wrt)
         check_names("wrt", wrt, form.names)
@@ -168,13 +187,13 @@ def solve(
     )
     began = time.monotonic()
     try:
-        message, out = yield Exchange("solve", request, tensors, call)
+        message, out = yield Exchange("solve", request, tensors, call, learned)
     except StateGoneError:
         if start is None or warm_start is None:
             raise
         request = request.model_copy(update={"warm_start": None})
         tensors = tensors | _start(form, warm_start)
-        message, out = yield Exchange("solve", request, tensors, less(call, time.monotonic() - began))
+        message, out = yield Exchange("solve", request, tensors, less(call, time.monotonic() - began), learned)
     reply = cast("SolveReply", message)
     like = form.problem.q
     result = SolveResult(
@@ -327,7 +346,7 @@ def _at(name: Name, place: Place, request: Message, direction: TensorMap, call: 
     # s = h − Gz needs not travel.
     solution = {key: block for key, block in place.solution.items() if key != "s"}
     tensors = named("problem", place.parameters) | named("solution", solution) | direction
-    return (yield Exchange(name, request, tensors, less(call, time.monotonic() - began)))
+    return (yield Exchange(name, request, tensors, less(call, time.monotonic() - began), place.learned))
 
 
 def less(call: Call, elapsed_s: float) -> Call:

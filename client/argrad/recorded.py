@@ -64,7 +64,8 @@ class Recorded:
         gradients: Who forms the gradients: the client, from an `adjoint`, or the service, in `full`.
         on_failure: What happens to problems without a solution or a gradient.
         call: Deadline, request id and affinity, the same for the derivatives.
-        keep_state: Whether a derivative may be asked for.
+        learned: Names of the parameters that need a gradient, or have a tangent; within an autograd Function they no
+            longer say so.
         start: Where the solver begins; gets the solution.
         fetches_ahead: Whether the derivative of a small problem is to come with its solution.
         ahead: The derivative, if it came.
@@ -81,7 +82,7 @@ class Recorded:
     gradients: Gradients
     on_failure: OnFailure
     call: Call
-    keep_state: bool
+    learned: frozenset[str] = frozenset()
     start: WarmStart | None = None
     fetches_ahead: bool = False
     ahead: Ahead | None = None
@@ -96,6 +97,11 @@ class Recorded:
         self.blocks = block_names(self.kind, self.names)
         dimensions = DIMENSIONS_BY_KIND[self.kind]
         self.ranks = tuple(len(dimensions[name]) for name in self.names)
+
+    @property
+    def keep_state(self) -> bool:
+        """Whether a derivative may be asked for."""
+        return bool(self.learned)
 
     @property
     def adjoint_blocks(self) -> tuple[str, ...]:
@@ -129,6 +135,7 @@ class Recorded:
             kind=self.kind,
             parameters=dict(zip(self.names, parameters, strict=True)),
             solution=solution,
+            learned=self.learned,
             state=self.state.token if self.state is not None and is_same else None,
         )
 

@@ -190,7 +190,9 @@ class Registry:
         if document is None or exchange.name == "register" or document.registered is not None:
             return None
         given = {
-            name.removeprefix(_PREFIX): tensor for name, tensor in exchange.tensors.items() if name.startswith(_PREFIX)
+            name: tensor
+            for key, tensor in exchange.tensors.items()
+            if key.startswith(_PREFIX) and (name := key.removeprefix(_PREFIX)) not in exchange.learned
         }
         found = self._find_handle(document.kind, given)
         if found is None and self._is_automatic:
@@ -254,7 +256,7 @@ class Registry:
 
 def _may_be_constant(tensor: Tensor) -> bool:
     """Whether a parameter is worth hashing; one on a GPU would have to be copied for it."""
-    is_plain = tensor.is_cpu and tensor.layout == torch.strided and not tensor.requires_grad
+    is_plain = tensor.is_cpu and tensor.layout == torch.strided
     return is_plain and tensor.nbytes >= AUTOMATIC_BYTES and tensor.is_contiguous()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from argrad import operations
-from argrad.autograd import is_tracked
+from argrad.autograd import find_learned
 from argrad.client import Client
 from argrad.errors import GradientError, SolveError
 from argrad.options import OnFailure, Options
@@ -90,7 +90,7 @@ def solve_parts(
         gradients=gradients,
         on_failure=on_failure,
         call=operations.call_within(client.timeout_s, timeout_s, request_id or secrets.token_hex(8)),
-        keep_state=is_tracked(parts.values()),
+        learned=find_learned(parts),
     )
     return record.named_blocks(_apply(_Solve, record, *parts.values()))
 
@@ -114,7 +114,12 @@ class _Solve(_First):
     def forward(record: Recorded, *parameters: Tensor) -> Tensors:
         form = parse(record.kind, dict(zip(record.names, parameters, strict=True)))
         steps = operations.solve(
-            form, options=record.options, call=record.call, keep_state=record.keep_state, check=False
+            form,
+            options=record.options,
+            call=record.call,
+            learned=record.learned,
+            keep_state=record.keep_state,
+            check=False,
         )
         result = record.client.run(steps)
         record.failed = result.failed

@@ -227,10 +227,10 @@ def test_the_fake_operators_have_the_shapes_of_the_real_ones(local: Client, kind
         given = parameters
         parameters = {"P": given["Q"], "q": given["q"], "A": given["G"], "u": given["h"]}
     wire = "qp_two_sided" if kind == "qp_two_sided" else "qp"
-    settings = (local.handle, wire, ",".join(parameters), Options().text, "raise", None)
+    settings = (local.handle, wire, ",".join(parameters), "q", Options().text, "raise", None)
 
     def both(tensors: list[Tensor]) -> list[Tensor]:
-        out = torch.ops.argrad.solve(tensors, *settings, None, True, None)
+        out = torch.ops.argrad.solve(tensors, *settings, None, None)
         blocks, rest = out[:-2], out[-2:]
         cotangents = [torch.ones_like(blocks[0]), *(None for _ in blocks[1:])]
         return [*out, *torch.ops.argrad.adjoint(tensors, blocks, cotangents, *rest, *settings)]
@@ -260,9 +260,7 @@ def test_options_come_back_from_their_text() -> None:
 
 
 def test_a_token_too_long_for_the_ticket_is_let_go(local: Client) -> None:
-    record = compiled._record(
-        (local.handle, "qp", "q", Options().text, "raise", None), argrad.backend.Call(), keep_state=True
-    )
+    record = compiled._record((local.handle, "qp", "q", "q", Options().text, "raise", None), argrad.backend.Call())
     record.state = compiled.State(local, "x" * 600)
     ticket = compiled._ticket(record)
     assert ticket.shape == (compiled.TICKET_BYTES,)

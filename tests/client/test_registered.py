@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import argrad
-from argrad import solve_qp, solve_two_sided_qp
+from argrad import registered, solve_qp, solve_two_sided_qp
 from argrad.aio import AsyncClient
 from argrad.client import Client
 from argrad.errors import DeadlineExceededError, PayloadTooLargeError, ProblemError, ProblemGoneError, StateGoneError
@@ -317,6 +317,58 @@ class TestAutomatic:
             solve_qp(client, parameters["Q"].clone() + step, parameters["q"] + step)
         assert hashed.count("Q") == 6
         assert not any(named for _, named, _ in sent(recorder))
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    @pytest.mark.parametrize("how", ["backward", "forward mode", "torch.func", "vmap", "full", "client"])
+    def test_a_learned_parameter_is_never_hashed(
+        self, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        hashed: set[str] = set()
+        honest = registered.line_of
+        monkeypatch.setattr("argrad.registered.line_of", lambda name, t: hashed.add(name) or honest(name, t))
+        client, parameters = Client(recorder, register="auto"), given()
+        Q, rest = parameters.pop("Q"), parameters
+
+        def loss(Q: Tensor) -> Tensor:
+            return solve_qp(client, Q, **rest).z.square().sum()
+
+        for _ in range(4):
+            if how == "forward mode":
+                torch.func.jvp(loss, (Q,), (torch.ones_like(Q),))
+            elif how == "torch.func":
+                torch.func.grad(loss)(Q)
+            elif how == "vmap":
+                torch.func.vmap(torch.func.grad(loss))(torch.stack([Q, Q]))
+            elif how == "client":
+                result = client.solve(argrad.QP(Q=Q.clone().requires_grad_(), **rest))
+                recorder.forget_states()
+                client.vjp(result, {"z": torch.ones_like(rest["q"])})
+            else:
+                leaf = Q.clone().requires_grad_()
+                z = solve_qp(client, leaf, **rest, gradients="full" if how == "full" else "adjoint").z
+                recorder.forget_states()  # the backward pass sends problem and solution
+                torch.autograd.grad(z.square().sum(), leaf)
+        assert hashed == set(rest)
+        with torch.no_grad():
+            loss(Q.clone().requires_grad_())  # in evaluation nothing is learned
+        assert hashed == {"Q", *rest}
+        assert sent(recorder)[-1][1] or how == "vmap"  # whose constants were those of a larger batch
+        assert all("Q" in names for name, _, names in sent(recorder) if name == "solve")
+        assert not any("Q" in names for name, _, names in sent(recorder) if name == "register")
+
+    def test_a_learned_sparse_matrix_is_never_hashed(self, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+        hashed: set[str] = set()
+        honest = registered.line_of
+        monkeypatch.setattr("argrad.registered.line_of", lambda name, t: hashed.add(name) or honest(name, t))
+        client = Client(recorder, register="auto")
+        Q = torch.eye(3, dtype=D).to_sparse()
+        for _ in range(4):
+            leaf = Q.detach().clone().requires_grad_()
+            z = solve_qp(client, leaf, torch.ones(3, dtype=D)).z
+            recorder.forget_states()
+            torch.autograd.grad(z.square().sum(), leaf)
+        assert "Q_values" not in hashed
+        assert "q" in hashed
 
     def test_explicit_and_local_hash_nothing(self, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("argrad.registered.line_of", lambda *_: pytest.fail("hashed"))
