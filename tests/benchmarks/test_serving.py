@@ -15,7 +15,8 @@ from tests.client.support import FakeService, listening
 
 
 def step_case(key: str, **medians: float) -> dict[str, Any]:
-    who = {name: {"median_ms": ms, "least_ms": ms, "repeats": 1, "differs": 0.0} for name, ms in medians.items()}
+    row = {"repeats": 1, "sent_bytes": 2e6, "differs": 0.0}
+    who = {name: {"median_ms": ms, "least_ms": ms, **row} for name, ms in medians.items()}
     return {"key": key, "name": key, "who": who}
 
 
@@ -85,7 +86,7 @@ def test_the_tables_show_every_row_and_what_falls_short():
     )
     assert f"| {memory.SOLVED} | 20.0 | 30.0 | 60.0 | 0.30 |" in memory.render(found["memory"])
     steps = training.render(found["steps"])
-    assert "| two variables | argrad remote, unix socket | 1.5 (1.5) | 0.5 | 0e+00 |" in steps
+    assert "| two variables | argrad remote, unix socket | 1.5 (1.5) | 0.5 | 2 | 0e+00 |" in steps
     shown = callers.render(found["callers"])
     assert "| n = m = 50, pdipm, 32 callers | batching | 300 | 3.00 | 0.75 | 1 | 2 | 8.0 | 1e-13 |" in shown
     assert "n = m = 10, auto, 1 caller |" in shown
