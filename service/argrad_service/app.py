@@ -9,12 +9,14 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from argrad._version import __version__
+from argrad.errors import MissingExtraError
 from argrad.wire.messages import SolverDocument, SolveRequest
 from argrad_service import engine as default_engine
 from argrad_service.admission import Limits
@@ -26,6 +28,7 @@ from argrad_service.http.fastlane import Calls, Service
 from argrad_service.http.health import Readiness
 from argrad_service.http.logs import Logger, make_logger
 from argrad_service.http.metrics import Metrics
+from argrad_service.http.phases import Phases
 from argrad_service.http.problems import KINDS, answer
 from argrad_service.http.routes import add_routes
 from argrad_service.operations import Operations
@@ -43,6 +46,9 @@ from argrad_service.state import (
 )
 from argrad_service.working import Engine
 
+if TYPE_CHECKING:
+    from argrad_service.http.tracing import Tracing
+
 _CODEC_THREADS = 2
 _STOP_TIMEOUT_S = 5.0
 _SWEEP_PERIOD_S = 15.0
@@ -56,6 +62,7 @@ def create_app(
     problems: ProblemStore | None = None,
     log: Logger | None = None,
     clock: Callable[[], float] = time.monotonic,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Build the service.
 
@@ -67,8 +74,11 @@ def create_app(
         log: Structured logger; by default to standard error as the settings say.
         clock: Monotonic seconds, for both stores and the rates.
 
+        tracing: Exports spans; by default to where the settings say, if they do.
+
     Raises:
         SettingsError: a variable has a wrong value.
+        MissingExtraError: spans are asked for, and OpenTelemetry is not installed.
     """
     settings = settings or load_settings()
     log = log or make_logger(settings)
@@ -98,9 +108,11 @@ def create_app(
         budget=budget,
     )
     readiness = Readiness(scheduler, store, str(device))
-    metrics = Metrics(scheduler=scheduler, pending=pending, store=store, problems=problems)
+    phases = Phases()
+    metrics = Metrics(scheduler=scheduler, pending=pending, store=store, problems=problems, phases=phases)
+    tracing = tracing or _tracing_to(settings.otlp_endpoint)
     codecs = ThreadPoolExecutor(_CODEC_THREADS, thread_name_prefix="argrad-codec")
-    exchange = Exchange(settings, operations, scheduler, pending, codecs)
+    exchange = Exchange(settings, operations, scheduler, pending, codecs, phases)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -119,6 +131,8 @@ def create_app(
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(scheduler.stop, _STOP_TIMEOUT_S)
             codecs.shutdown(wait=False, cancel_futures=True)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
             store.clear()
             problems.clear()
 
@@ -134,9 +148,9 @@ def create_app(
     app.state.readiness = readiness
     app.state.rates = rates
     add_routes(app, exchange, registrations, readiness, metrics)
-    app.add_middleware(Envelope, metrics=metrics, log=log)
+    app.add_middleware(Envelope, metrics=metrics, log=log, tracing=tracing)
     app.calls = Calls(app)
-    app.lane = Envelope(app.calls, metrics=metrics, log=log)
+    app.lane = Envelope(app.calls, metrics=metrics, log=log, tracing=tracing)
     handled: list[type[Exception]] = [HTTPException, *KINDS]
     for error in handled:
         app.add_exception_handler(error, answer)
@@ -147,6 +161,17 @@ def create_app(
 def choose_device(settings: Settings, engine: Engine = default_engine) -> torch.device:
     """Where problems are solved."""
     return engine.default_device() if settings.device == "auto" else torch.device(settings.device)
+
+
+def _tracing_to(endpoint: str | None) -> Tracing | None:
+    """Where spans go; OpenTelemetry is imported here, and only if they go anywhere."""
+    if endpoint is None:
+        return None
+    try:
+        from argrad_service.http.tracing import Tracing
+    except ImportError:
+        raise MissingExtraError("ARGRAD_OTLP_ENDPOINT", "otel") from None
+    return Tracing.to(endpoint)
 
 
 async def _warm_up(operations: Operations, scheduler: Scheduler, readiness: Readiness, log: Logger) -> None:

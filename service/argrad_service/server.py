@@ -67,7 +67,7 @@ def serve_command(argv: Sequence[str]) -> int:
         os.execve(sys.executable, [sys.executable, "-m", "argrad_service", *argv], os.environ | missing)  # noqa: S606
     try:
         serve(settings)
-    except ServeError as error:
+    except ArgradError as error:
         print(f"argrad serve: {error}", file=sys.stderr)
         return 1
     return 0

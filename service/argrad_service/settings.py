@@ -155,6 +155,14 @@ class Settings(BaseSettings):
         "console", description="Lines for people, or one JSON object a line; on standard error."
     )
 
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Base URL of an OpenTelemetry collector that speaks OTLP over HTTP, such as "
+        "`http://127.0.0.1:4318`: a span of each request, with its stages, goes there. Needs "
+        "`pip install 'argrad[otel]'`; nothing is traced by default.",
+    )
+
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the service."""

@@ -22,6 +22,7 @@ from argrad.errors import ProblemError, ProtocolError
 from argrad.transport.address import parse_address
 from argrad.transport.bodies import Outgoing, Upload
 from argrad.transport.exchange import Answer, Clock, Deadline, RetryBudget, RetryPolicy, Steps, exchange
+from argrad.transport.tracing import traceparent
 from argrad.wire import (
     IDENTITY,
     LEAST_BYTES,
@@ -156,6 +157,8 @@ class HttpCalls:
     ) -> Steps:
         request_id = call.request_id if call.request_id is not None else secrets.token_hex(8)
         common = [*self._headers, *headers, (b"X-Request-ID", _identifier("request_id", request_id))]
+        if parent := traceparent():
+            common.append((b"traceparent", parent))
         if released := self._take_released():
             common.append((b"Argrad-Release", ",".join(released).encode("ascii")))
         upload = Upload(buffers, encoded_size(buffers), deadline)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +13,9 @@ from argrad_service.http.logs import Logger
 from argrad_service.http.metrics import Metrics
 from argrad_service.http.problems import BadRequest, describe
 from argrad_service.http.record import Record
+
+if TYPE_CHECKING:
+    from argrad_service.http.tracing import Tracing
 
 REQUEST_ID = "X-Request-ID"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}", re.ASCII)
@@ -29,10 +32,11 @@ class Envelope:
         app: What it surrounds.
         metrics: Counts the request.
         log: Gets a line for it.
+        tracing: Exports its spans, where that is asked for.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log: Logger) -> None:
-        self._app, self._metrics, self._log = app, metrics, log
+    def __init__(self, app: ASGIApp, metrics: Metrics, log: Logger, tracing: Tracing | None = None) -> None:
+        self._app, self._metrics, self._log, self._tracing = app, metrics, log, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -92,6 +96,9 @@ class Envelope:
             line |= {"bytes_in": record.request_bytes, "bytes_out": record.reply_bytes}
         if record.problem_type is not None:
             line |= {"type": record.problem_type, "detail": record.detail}
+        if self._tracing is not None and route not in _QUIET:
+            headers = dict(scope["headers"])
+            line["trace_id"] = self._tracing.record(scope["method"], route, status, headers, record)
         if route in _QUIET and status < 400:
             self._log.debug("request", **line)
         else:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from starlette.datastructures import Headers
@@ -31,6 +31,7 @@ from argrad.wire.messages import SolveReply, TensorMap
 from argrad_service.engine.options import ShouldStop
 from argrad_service.http.body import INLINE_BYTES, Body, read_body
 from argrad_service.http.compressed import read_compressed
+from argrad_service.http.phases import Phases
 from argrad_service.http.problems import BadRequest, BodyTooSlow
 from argrad_service.http.record import Record
 from argrad_service.http.replies import write_reply
@@ -73,6 +74,7 @@ class Exchange:
         scheduler: Solves.
         pending: Counts calls and their bodies.
         codecs: Threads for large bodies.
+        phases: Counts calls by where they are.
     """
 
     settings: Settings
@@ -80,6 +82,7 @@ class Exchange:
     scheduler: Scheduler
     pending: Pending
     codecs: ThreadPoolExecutor
+    phases: Phases = field(default_factory=Phases)
 
     async def call(
         self, request: Request, model: type[Asked], prepare: Prepare[Asked, Reply], *, is_backward: bool
@@ -102,7 +105,8 @@ class Exchange:
         encoding = reply_encoding(headers.get("accept-encoding"))
         self._release(headers)
         with self._counted() as reserve:
-            body = await self._read(request, source, deadline, reserve)
+            with self.phases.of("read"):
+                body = await self._read(request, source, deadline, reserve)
             record.stages_ms["read"] = record.elapsed_ms
             record.request_bytes = len(body)
 
@@ -118,12 +122,13 @@ class Exchange:
                 return run(job.should_stop, timings)
 
             share = _share(run, timings)
+            record.starts["queue"] = time.perf_counter()
             job = self.scheduler.submit(work, deadline=deadline, is_backward=is_backward, share=share)
             reply, tensors = await self.scheduler.result(job, lambda: _gone(request.receive))
             record.stages_ms.update(timings)
             nbytes = sum(tensor.nbytes for tensor in tensors.values())
             written = await self._stage(record, "encode", nbytes, lambda: write_reply(reply, tensors, target, encoding))
-        record.problems = _count_statuses(reply)
+        _note_outcome(record, reply, tensors)
         record.reply_bytes = written.nbytes
         return written
 
@@ -149,7 +154,8 @@ class Exchange:
         target = reply_format(headers.get("accept"), default=source)
         self._release(headers)
         with self._counted() as reserve:
-            body = await self._read(request, source, deadline, reserve)
+            with self.phases.of("read"):
+                body = await self._read(request, source, deadline, reserve)
             record.stages_ms["read"] = record.elapsed_ms
             record.request_bytes = len(body)
 
@@ -231,11 +237,9 @@ class Exchange:
 
     async def _stage(self, record: Record, name: str, nbytes: int, work: Callable[[], T]) -> T:
         """Time some work, done here if it is small, else on a thread of its own."""
-        began = time.perf_counter()
-        if nbytes <= INLINE_BYTES:
-            result = work()
-        else:
-            result = await self._in_thread(work)
+        began = record.starts[name] = time.perf_counter()
+        with self.phases.of(name):
+            result = work() if nbytes <= INLINE_BYTES else await self._in_thread(work)
         record.stages_ms[name] = 1e3 * (time.perf_counter() - began)
         return result
 
@@ -273,11 +277,11 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def _count_statuses(reply: Document) -> dict[str, int]:
+def _note_outcome(record: Record, reply: Document, tensors: TensorMap) -> None:
+    """What came of the problems of a solve."""
     if not isinstance(reply, SolveReply):
-        return {}
+        return
     statuses = [reply.status] if isinstance(reply.status, str) else reply.status
-    counts: dict[str, int] = {}
     for status in statuses:
-        counts[status] = counts.get(status, 0) + 1
-    return counts
+        record.problems[status] = record.problems.get(status, 0) + 1
+    record.solver, record.iterations = reply.report.solver, tensors.get("report.iterations")

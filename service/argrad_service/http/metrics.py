@@ -6,12 +6,15 @@ import itertools
 from collections.abc import Iterator
 from typing import TypeVar, cast
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+import torch
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
+from argrad_service.http.iterations import Iterations
+from argrad_service.http.phases import Phases
 from argrad_service.http.record import Record
 from argrad_service.scheduling import SIZES, Pending, Scheduler
 from argrad_service.state import ProblemStore, StateStore
@@ -49,9 +52,12 @@ class Metrics:
         pending: Calls in the house.
         store: Forward state.
         problems: Registered problems.
+        phases: Calls by where they are.
     """
 
-    def __init__(self, *, scheduler: Scheduler, pending: Pending, store: StateStore, problems: ProblemStore) -> None:
+    def __init__(
+        self, *, scheduler: Scheduler, pending: Pending, store: StateStore, problems: ProblemStore, phases: Phases
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "argrad_requests_total",
@@ -77,7 +83,11 @@ class Metrics:
             registry=registry,
         )
         self._children: dict[tuple[object, ...], MetricWrapperBase] = {}
-        registry.register(_Scraped(scheduler, pending, store, problems))
+        self._iterations = Iterations()
+        registry.register(_Scraped(scheduler, pending, store, problems, phases))
+        registry.register(self._iterations)
+        # Memory, processor time and file descriptors of the process; Linux only.
+        ProcessCollector(registry=registry)
 
     def count(self, route: str, status: int, record: Record) -> None:
         """Count a request that is over."""
@@ -87,6 +97,8 @@ class Metrics:
             self._child(self._stages, route, stage).observe(ms * _MS)
         for word, number in record.problems.items():
             self._child(self._problems, word).inc(number)
+        if record.solver is not None and record.iterations is not None:
+            self._iterations.count(record.solver, record.iterations)
         if record.request_bytes:
             self._child(self._bytes, route, "in").inc(record.request_bytes)
         if record.reply_bytes:
@@ -108,8 +120,11 @@ class Metrics:
 class _Scraped(Collector):
     """What is read at each scrape instead of being counted along the way."""
 
-    def __init__(self, scheduler: Scheduler, pending: Pending, store: StateStore, problems: ProblemStore) -> None:
+    def __init__(
+        self, scheduler: Scheduler, pending: Pending, store: StateStore, problems: ProblemStore, phases: Phases
+    ) -> None:
         self._scheduler, self._pending, self._store, self._registered = scheduler, pending, store, problems
+        self._phases = phases
 
     def collect(self) -> Iterator[Metric]:
         """The metrics of this moment."""
@@ -142,6 +157,11 @@ class _Scraped(Collector):
             ("argrad_registered_refusals", "Problems too large to be registered.", registered.refusals),
         ):
             yield CounterMetricFamily(name, text, number)
+        phases = GaugeMetricFamily("argrad_calls_in_flight", "Calls by where they are.", labels=["phase"])
+        for phase, number in {**self._phases.calls, "queue": solver.queued, "solve": solver.running}.items():
+            phases.add_metric([phase], number)
+        yield phases
+        yield from _device_memory()
         yield from self._batches()
 
     def _batches(self) -> Iterator[Metric]:
@@ -159,3 +179,25 @@ class _Scraped(Collector):
         for reason, number in tally.released.items():
             released.add_metric([reason], number)
         yield released
+
+
+def _device_memory() -> Iterator[Metric]:
+    """Of each GPU that this process has used; nothing without one."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    family = GaugeMetricFamily(
+        "argrad_device_memory_bytes",
+        "Memory of a GPU: in use by tensors, kept by torch's allocator, and in use by all processes.",
+        labels=["device", "kind"],
+    )
+    for device in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(device)
+        kinds = {
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "used": total - free,
+            "total": total,
+        }
+        for kind, number in kinds.items():
+            family.add_metric([str(device), kind], number)
+    yield family
