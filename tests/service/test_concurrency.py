@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import json
 import re
@@ -20,7 +22,7 @@ import torch
 from argrad.wire import JSON, SAFETENSORS, encode
 from argrad.wire.messages import SolveRequest
 from argrad_service.engine.options import SolverOptions, Stopped
-from argrad_service.http.protocol import GuardedProtocol
+from argrad_service.http.protocol import GuardedProtocol, OneWrite
 from tests.service.support import D, HookedEngine, make_app, serving, simplex, wait_until
 
 pytestmark = pytest.mark.slow
@@ -340,6 +342,42 @@ def test_a_refused_body_is_drained_so_that_its_sender_reads_why(url: str, http: 
     response = http.post("/v1/solve", content=body, headers={"content-type": JSON})
     assert (response.status_code, response.json()["type"]) == (413, "too-large")
     assert http.get("/health/live").status_code == 200
+
+
+def test_an_unread_body_that_trickles_in_after_its_reply_does_not_keep_the_connection(engine: HookedEngine):
+    with serving(make_app(io.StringIO(), engine), http=GuardedProtocol, timeout_keep_alive=1) as url:
+        with connect(url) as connection:
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+            began = time.monotonic()
+            connection.settimeout(0.1)
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < began + 10:
+                    connection.sendall(b"x")  # each byte stopped uvicorn's clock for good
+                    with contextlib.suppress(TimeoutError):
+                        assert connection.recv(1) == b""
+                        break
+        assert 0.5 < time.monotonic() - began < 5
+
+
+def test_a_reply_to_who_has_left_is_no_error():
+    loop = asyncio.new_event_loop()
+    transport = OneWrite(_Closing(), loop)  # type: ignore[arg-type]
+    transport.write(b"HTTP/1.1 200 OK\r\n\r\n")  # would be held back for its body
+    transport.write(b"body")
+    loop.close()
+
+
+class _Closing:
+    """uvloop's transport of a connection that was lost."""
+
+    def is_closing(self) -> bool:
+        return True
+
+    def writelines(self, _: list[bytes]) -> None:
+        raise RuntimeError("unable to perform operation; the handler is closed")
+
+    write = writelines
 
 
 def test_many_callers_at_once_get_their_own_answers(engine: HookedEngine):

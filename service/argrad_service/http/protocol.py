@@ -33,7 +33,9 @@ class OneWrite:
 
     def write(self, data: bytes | memoryview) -> None:
         """Write, or hold back what looks like a head."""
-        if self._held:
+        if self._transport.is_closing():  # nobody reads it, and uvloop would raise
+            self._held = b""
+        elif self._held:
             held, self._held = self._held, b""
             self._transport.writelines([held, data])
         elif isinstance(data, bytes) and data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n"):
@@ -50,7 +52,8 @@ class OneWrite:
     def _flush(self) -> None:
         if self._held:
             held, self._held = self._held, b""
-            self._transport.write(held)
+            if not self._transport.is_closing():
+                self._transport.write(held)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -64,6 +67,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _is_in_message = False
 
     @classmethod
     def with_timeout(cls, header_timeout_s: float) -> type[GuardedProtocol]:
@@ -76,8 +80,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._stop_clock()
+        self._is_in_message = False
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -92,12 +97,27 @@ class GuardedProtocol(HttpToolsProtocol):
         """Start the clock: the first byte of a request came."""
         if self._head_timer is None:
             self._start_clock()
+        self._is_in_message = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Stop the clock: the head is there."""
         self._stop_clock()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Note that the body has come to its end."""
+        self._is_in_message = False
+        super().on_message_complete()
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Let the clock of an idle connection run on while the rest of a body comes that has its reply already.
+
+        uvicorn stops it at every byte, and starts it at a reply alone: such a connection would stay for ever.
+        """
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        if not (self._is_in_message and is_answered):
+            super()._unset_keepalive_if_required()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request at all, and close the connection."""
