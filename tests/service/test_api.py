@@ -174,6 +174,11 @@ async def test_routing_errors_are_problems_too(
         assert response.headers["allow"] in ("POST", "GET")
 
 
+async def test_405_names_the_methods_of_every_route_that_has_the_path(client: httpx.AsyncClient):
+    response = await client.patch(f"/v1/problems/{64 * '0'}")
+    assert (response.status_code, response.headers["allow"]) == (405, "DELETE, GET, PUT")
+
+
 async def test_a_defect_is_a_500_without_a_traceback_and_the_log_has_its_id():
     log = io.StringIO()
     engine = HookedEngine()

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from argrad.errors import GradientError, MissingExtraError, ProblemError
 from argrad.wire import NotAcceptableError, TooLargeError, UnreadableBodyError, UnsupportedMediaTypeError
@@ -146,8 +147,19 @@ def _describe_routing(error: HTTPException) -> Problem:
 
 async def answer(request: Request, error: Exception) -> Response:
     """Exception handler of the application."""
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        error.headers = {"Allow": _allowed(request)}
     record = Record.of(request.scope)
     problem = describe(error)
     record.problem_type = problem.kind.type
     record.detail = problem.detail
     return problem.response(record.request_id)
+
+
+def _allowed(request: Request) -> str:
+    """Methods of every route that has the request's path; Starlette names those of the first alone."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return ", ".join(sorted(found))
