@@ -124,12 +124,23 @@ def _call(request: type[Message], reply: type[Message], given: dict[str, example
     }
 
 
+def _link(operation: str, description: str, **where: Any) -> dict[str, Any]:
+    """What may follow a reply: an operation, and which of its parameters or of its body the reply gives."""
+    return {"operationId": operation, "description": description, **where}
+
+
 def _plain(description: str, media_type: str, example: object = None, *errors: int) -> dict[str, Any]:
     shown = {} if example is None else {"example": example}
     return {"responses": {200: {"description": description, "content": {media_type: shown}}, **_errors(*errors)}}
 
 
+_STATE = "$response.body#/state"
 SOLVE = _call(SolveRequest, SolveReply, examples.SOLVE)
+SOLVE["responses"][200]["links"] = {
+    "vjp": _link("vjp", "Pull cotangents back at the state that is kept.", requestBody={"state": _STATE}),
+    "jvp": _link("jvp", "Push tangents forward at the state that is kept.", requestBody={"state": _STATE}),
+    "free": _link("delete_state", "Free the state early.", parameters={"token": _STATE}),
+}
 VJP = _call(VjpRequest, VjpReply, examples.VJP)
 JVP = _call(JvpRequest, JvpReply, examples.JVP)
 DELETE_STATE: dict[str, Any] = {
@@ -149,10 +160,20 @@ _DIGEST_IN_PATH = {
 }
 
 
+_NAME = "$response.body#/registered"
+_REGISTERED_LINKS = {
+    "solve": _link(
+        "solve", "Solve with what is registered.", requestBody={"problem": {"kind": "qp", "registered": _NAME}}
+    ),
+    "look": _link("get_problem", "Ask what is registered.", parameters={"sha256": _NAME}),
+    "forget": _link("delete_problem", "Forget it.", parameters={"sha256": _NAME}),
+}
+
+
 def _registered(description: str) -> dict[str, Any]:
     reference = {"$ref": _REF.format(model="RegisteredReply")}
     content = {JSON: {"schema": reference, "example": examples.REGISTER.reply}, SAFETENSORS: _BINARY}
-    return {"description": description, "content": content}
+    return {"description": description, "content": content, "links": _REGISTERED_LINKS}
 
 
 PUT_PROBLEM: dict[str, Any] = {
