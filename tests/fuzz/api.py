@@ -1,0 +1,88 @@
+"""schemathesis over the whole of /openapi.json, links included: what comes back is what the document says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any
+
+import schemathesis
+from anyio.from_thread import start_blocking_portal
+from asgi_lifespan import LifespanManager
+from fastapi import FastAPI
+from schemathesis.config import SchemathesisConfig
+from schemathesis.engine import events, from_schema
+
+from tests.fuzz.calls import LIMITS, MOST_S
+from tests.fuzz.tally import Tally
+from tests.service.support import make_app
+
+PHASES = ("examples", "coverage", "fuzzing", "stateful")
+_VERDICTS = ["2xx", "3xx", "4xx", "501", "504"]
+"""What a caller can bring about: 501 by asking for an extra that is not installed, 504 by a deadline."""
+
+
+def fuzz_api(examples: int, seed: int, phases: Sequence[str] = PHASES) -> Tally:
+    """Test every operation alone, and sequences of operations along the links, each with so many examples a phase.
+
+    The bodies that the schema can describe are right in form and hardly ever in substance: its examples are what
+    succeeds here, and `tests.fuzz.calls` what goes deeper.
+    """
+    tally, reached = Tally("openapi"), set[str]()
+    app = make_app(**LIMITS)
+    config = SchemathesisConfig.from_dict(
+        {
+            "seed": seed,
+            "generation": {"max-examples": examples, "with-security-parameters": False},
+            "phases": {phase: {"enabled": phase in phases} for phase in PHASES},
+            "checks": {
+                "not_a_server_error": {"expected-statuses": _VERDICTS},
+                # Whether numbers fit one another no schema can say, so that some of what it calls right is refused.
+                "positive_data_acceptance": {"enabled": False},
+                "negative_data_rejection": {"enabled": False},
+                "max_response_time": MOST_S,
+            },
+        }
+    )
+    with ExitStack() as stack:
+        portal = stack.enter_context(start_blocking_portal())
+        stack.enter_context(portal.wrap_async_context_manager(_living(app)))
+        while app.state.readiness.phase == "starting":
+            time.sleep(0.01)
+        with tally.timed():
+            for event in from_schema(schemathesis.openapi.from_asgi("/openapi.json", app, config=config)).execute():
+                _note(tally, event, reached)
+    for phase in phases:
+        if phase not in reached:
+            tally.find(phase.encode(), f"the phase {phase} was not run to its end")
+    return tally
+
+
+@asynccontextmanager
+async def _living(app: FastAPI) -> AsyncIterator[None]:
+    async with LifespanManager(app, startup_timeout=60, shutdown_timeout=60):
+        yield
+
+
+def _note(tally: Tally, event: Any, reached: set[str]) -> None:
+    if isinstance(event, events.FatalError):
+        raise event.exception
+    if isinstance(event, events.NonFatalError):
+        tally.find(event.label.encode(), f"{event.label}: {event.value!r}")
+    if isinstance(event, events.PhaseFinished) and event.status in ("success", "failure"):
+        reached.add(event.phase.name.value.lower())
+    if not isinstance(event, events.ScenarioFinished):
+        return
+    for case, interaction in event.recorder.interactions.items():
+        tally.inputs += 1
+        response = interaction.response
+        status = "none" if response is None else str(response.status_code)
+        tally.outcomes[status] += 1
+        tally.behaviours.add((event.label, str(event.phase), status))
+        if response is not None:
+            tally.slowest_s = max(tally.slowest_s, response.elapsed)
+        for check in event.recorder.checks.get(case, []):
+            if check.failure_info is not None:
+                failure = check.failure_info
+                tally.find(failure.code_sample.encode(), f"{event.label}, {check.name}: {failure.failure}")
