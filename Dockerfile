@@ -3,6 +3,10 @@
 #   docker build -t argrad .                              CPU
 #   docker build -t argrad:cuda --build-arg VARIANT=cuda .   CUDA; run with the NVIDIA container runtime
 #
+# It listens on every address, and so refuses to start without API keys: `argrad keys new NAME` makes one, and
+#   docker run -p 127.0.0.1:8000:8000 -e ARGRAD_API_KEYS=NAME:SHA256 argrad
+# or, where nobody but those who may call reaches the container, -e ARGRAD_INSECURE=true.
+#
 # Where pip finds its packages is pip's own business: PIP_INDEX_URL and PIP_EXTRA_INDEX_URL are passed on, for a mirror,
 # or for an index with torch's CPU builds, which spare the CPU image some gigabytes.
 

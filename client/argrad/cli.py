@@ -1,4 +1,4 @@
-"""The command line: `argrad serve | solve | solvers | bench | doctor`.
+"""The command line: `argrad serve | solve | solvers | bench | doctor | keys`.
 
 Exit status: 0, or 1 if what was asked failed, or 2 if it could not be asked (wrong flags, packages that are missing).
 """
@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from argrad import operations
+from argrad import keys, operations
 from argrad._version import __version__
 from argrad.bench import run
 from argrad.bench.page import show
@@ -51,6 +51,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+keys_app = typer.Typer(help="API keys of a service.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:
@@ -207,6 +210,35 @@ def doctor(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
         is_well &= _examine(table, target, api_key, is_needed=target == url)
     Console().print(table)
     raise typer.Exit(0 if is_well else 1)
+
+
+@keys_app.command("new")
+def new_key(
+    name: Annotated[
+        str, typer.Argument(help="Who will have it: it stands in logs, and owns what is sent with the key.")
+    ],
+    file: Annotated[
+        Path | None, typer.Option(help="Append the line to this file (ARGRAD_API_KEYS_FILE) instead of printing it.")
+    ] = None,
+) -> None:
+    """Make an API key. Prints it, this once, and then the line by which a service knows it without having it."""
+    key = keys.new_key()
+    try:
+        line = keys.stored_line(name, key)
+        if file is not None:
+            keys.append_line(file, line)
+    except (ProblemError, OSError) as error:
+        _leave(error, status=2)
+    typer.echo(key)
+    if file is None:
+        typer.echo(line)
+    note = "for ARGRAD_API_KEYS or a file of keys" if file is None else f"its line is in {file}"
+    typer.echo(f"a key for {name}; {note}", err=True)
+
+
+@keys_app.callback()
+def _keys() -> None:
+    """Without a callback, a group of one command would be that command."""
 
 
 def _examine(table: Table, target: str, api_key: str | None, *, is_needed: bool) -> bool:

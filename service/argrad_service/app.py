@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastapi import FastAPI
@@ -22,15 +22,19 @@ from argrad_service import engine as default_engine
 from argrad_service.admission import Limits
 from argrad_service.engine.options import Stopped, never_stop
 from argrad_service.http import openapi
+from argrad_service.http.cors import Cors
 from argrad_service.http.envelope import Envelope
-from argrad_service.http.exchange import OWNER, Exchange
+from argrad_service.http.exchange import Exchange
 from argrad_service.http.fastlane import Calls, Service
+from argrad_service.http.guard import make_guard
 from argrad_service.http.health import Readiness
+from argrad_service.http.keys import follow_keys, make_keyring
 from argrad_service.http.logs import Logger, make_logger
 from argrad_service.http.metrics import Metrics
 from argrad_service.http.phases import Phases
 from argrad_service.http.problems import KINDS, answer
 from argrad_service.http.routes import add_routes
+from argrad_service.keyring import PUBLIC
 from argrad_service.operations import Operations
 from argrad_service.registered import Registrations
 from argrad_service.scheduling import Job, Pending, PendingLimits, Scheduler
@@ -107,6 +111,7 @@ def create_app(
         device=device,
         budget=budget,
     )
+    keyring = make_keyring(settings)
     readiness = Readiness(scheduler, store, str(device))
     phases = Phases()
     metrics = Metrics(scheduler=scheduler, pending=pending, store=store, problems=problems, phases=phases)
@@ -122,6 +127,8 @@ def create_app(
             asyncio.create_task(_warm_up(unlimited, scheduler, readiness, log)),
             asyncio.create_task(_sweep(store, problems)),
         ]
+        if keyring is not None:
+            tasks.append(asyncio.create_task(follow_keys(keyring, log)))
         try:
             yield
         finally:
@@ -141,16 +148,25 @@ def create_app(
         version=__version__,
         description="Gradients of optimisation problems, served.",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.readiness = readiness
+    app.state.readiness, app.state.keyring = readiness, keyring
     app.state.rates = rates
     add_routes(app, exchange, registrations, readiness, metrics)
-    app.add_middleware(Envelope, metrics=metrics, log=log, tracing=tracing)
+    around: dict[str, Any] = {
+        "metrics": metrics,
+        "log": log,
+        "guard": make_guard(settings, keyring, rates),
+        "cors": Cors(settings.cors_origins),
+        "readiness": readiness,
+        "tracing": tracing,
+    }
+    app.add_middleware(Envelope, **around)
     app.calls = Calls(app)
-    app.lane = Envelope(app.calls, metrics=metrics, log=log, tracing=tracing)
+    app.lane = Envelope(app.calls, **around)
     handled: list[type[Exception]] = [HTTPException, *KINDS]
     for error in handled:
         app.add_exception_handler(error, answer)
@@ -200,7 +216,7 @@ def _solve_small(operations: Operations, solver: str, rows: int, _: Job[None]) -
         "upstream.z": Q.new_ones(2),
     }
     request = SolveRequest(solver=SolverDocument(name=solver))
-    operations.prepare_solve(request, tensors, owner=OWNER)(never_stop, {})
+    operations.prepare_solve(request, tensors, owner=PUBLIC)(never_stop, {})
 
 
 async def _sweep(*stores: StateStore | ProblemStore) -> None:

@@ -88,7 +88,7 @@ def serve(settings: Settings, engine: Engine = default_engine) -> None:
         raise ServeError(f"{variable('device')} is cuda, and torch {torch.__version__} finds no GPU here")
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
-    if not settings.is_loopback:
+    if not (settings.is_loopback or settings.has_keys):
         log.warning("no authentication", host=settings.host, advice="whoever reaches this address can use the service")
     with _listening(settings) as (listener, address), _stdlib_logs(log):
         app = create_app(settings, engine=engine, log=log)
@@ -109,15 +109,15 @@ def serve(settings: Settings, engine: Engine = default_engine) -> None:
         banner = f"argrad {__version__} on {address} ({device})"
         if settings.uds is None:
             banner += f"\n  documentation: {address}/docs"
-        _Server(config, app.state.readiness, settings.drain_s, banner).run(sockets=[listener])
+        _Server(config, app.state.readiness, settings.drain_delay_s, banner).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """Says where it is, shows in readiness that it stops, and ends at once at a second signal of either kind."""
 
-    def __init__(self, config: uvicorn.Config, readiness: Readiness, drain_s: float, banner: str) -> None:
+    def __init__(self, config: uvicorn.Config, readiness: Readiness, drain_delay_s: float, banner: str) -> None:
         super().__init__(config)
-        self._readiness, self._drain_s, self._banner = readiness, drain_s, banner
+        self._readiness, self._drain_delay_s, self._banner = readiness, drain_delay_s, banner
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -132,10 +132,10 @@ class _Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._readiness.phase = "stopping"
-        if self._loop is None or not self._drain_s:
+        if self._loop is None or not self._drain_delay_s:
             self.should_exit = True
         else:
-            self._loop.call_soon_threadsafe(self._loop.call_later, self._drain_s, self._stop)
+            self._loop.call_soon_threadsafe(self._loop.call_later, self._drain_delay_s, self._stop)
 
     def _stop(self) -> None:
         self.should_exit = True
@@ -221,7 +221,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, field in Settings.model_fields.items():
         text = f"{field.description} [{variable(name)}, default {default_text(name)}]".replace("%", "%%")
-        parser.add_argument(flag(name), dest=name, metavar=_metavar(field.annotation, name), help=text)
+        is_switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        metavar = _metavar(field.annotation, name)
+        parser.add_argument(flag(name), dest=name, metavar=metavar, help=text, **is_switch)
     return parser
 
 

@@ -5,25 +5,36 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import secrets
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticUndefined
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from argrad.errors import ArgradError
 from argrad_service.admission import Limits
+from argrad_service.keyring import parse_keys
 from argrad_service.scheduling import Budget
 
 PREFIX = "ARGRAD_"
 _MIB = 1024**2
 _GIB = 1024**3
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
 
 _Bytes = Annotated[ByteSize, Field(ge=1)]
 _Count = Annotated[int, Field(ge=1)]
+
+
+def _split(value: Any) -> Any:
+    return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value
+
+
+_Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -38,12 +49,48 @@ class Settings(BaseSettings):
 
     host: str = Field(
         "127.0.0.1",
-        description="Address to listen on. There is no authentication: another than loopback is for closed networks "
-        "and containers, and is warned of.",
+        description="Address to listen on. Another than loopback needs API keys, or `--insecure`.",
     )
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one and prints it.")
     uds: Path | None = Field(
         None, description="Path of a unix socket to listen on instead of TCP; created with mode 0600."
+    )
+
+    api_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Who may call: entries `name:sha256`, separated by commas, as `argrad keys new NAME` prints them. "
+        "Without any, and without a file of them, nobody is asked for a key.",
+    )
+    api_keys_file: Path | None = Field(
+        None, description="File of such entries, one a line; read again when it changes, and at SIGHUP."
+    )
+    insecure: bool = Field(
+        False,
+        description="Whether the service may listen on other addresses than loopback without API keys: whoever reaches "
+        "it can use it.",
+    )
+    allowed_hosts: _Words = Field(
+        (),
+        description="Names, separated by commas, that a request's Host may have, besides localhost and loopback "
+        "addresses. If none is given, these alone may on loopback without keys, and every name elsewhere.",
+    )
+    cors_origins: _Words = Field(
+        (),
+        description="Origins of web pages whose scripts may call, separated by commas, such as "
+        "`https://example.org`; `*` is every page, and needs keys.",
+    )
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Further TCP port, at the same address, that has `/metrics` and health and asks for no key.",
+    )
+    rate_limit_per_minute: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Calls a minute that each key may make, as many of them at once as a minute brings; above it 429. "
+        "0 is no limit; without keys all callers count as one.",
     )
 
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -118,8 +165,12 @@ class Settings(BaseSettings):
         10.0, description="Seconds that the head of a request may take, after which its connection is closed."
     )
     body_timeout_s: _Seconds = Field(60.0, description="Seconds that a request body may take, after which 408.")
-    drain_s: float = Field(
-        0.0, ge=0, description="Seconds between readiness turning false at SIGTERM and the listener closing."
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds between readiness turning false at SIGTERM and the end of admission: as long as the load "
+        "balancer in front needs to see it.",
     )
     keep_alive_s: _Count = Field(120, description="Seconds for which an idle connection is kept.")
     shutdown_timeout_s: _Count = Field(
@@ -163,10 +214,50 @@ class Settings(BaseSettings):
         "`pip install 'argrad[otel]'`; nothing is traced by default.",
     )
 
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, entries: SecretStr) -> SecretStr:
+        parse_keys(entries.get_secret_value(), "the list")
+        return entries
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"found {origin!r}, wanted * or scheme and host as in https://example.org, no path")
+        return origins
+
+    @model_validator(mode="after")
+    def _check_openness(self) -> Settings:
+        """Refuse what would let anybody in by mistake."""
+        if not (self.is_loopback or self.has_keys or self.insecure):
+            raise ValueError(
+                f"{variable('host')} is {self.host!r}, which others may reach, and nobody is asked for an API key. "
+                f"Make one with `argrad keys new NAME` and give {variable('api_keys')} or {variable('api_keys_file')}, "
+                f"or listen on 127.0.0.1, or, where only those who may call can reach the address, say "
+                f"{flag('insecure')} ({variable('insecure')}=true)"
+            )
+        if "*" in self.cors_origins and not self.has_keys:
+            raise ValueError(
+                f"{variable('cors_origins')} cannot be *: without API keys every web page could use the service"
+            )
+        return self
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers are asked for a key."""
+        return bool(self.api_keys.get_secret_value().strip()) or self.api_keys_file is not None
+
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the service."""
-        return self.uds is not None or self.host in {"localhost", "::1"} or self.host.startswith("127.")
+        if self.uds is not None or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name, which may lead anywhere
+            return False
 
     def batch_budget(self) -> Budget | None:
         """How much is solved together; None without batching."""
@@ -190,11 +281,15 @@ def load_settings(**given: Any) -> Settings:
 
 
 def _sentence(error: dict[str, Any]) -> str:
+    reason: str = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return reason
     name = str(error["loc"][0])
     if name not in Settings.model_fields:
         return f"{name} is not a setting"
-    value = "that value" if name == "state_secret" else repr(error["input"])
-    return f"{variable(name)} (flag {flag(name)}) cannot be {value}: {error['msg'].lower()}"
+    value = "that value" if Settings.model_fields[name].annotation is SecretStr else repr(error["input"])
+    reason = reason[:1].lower() + reason[1:] if error["type"] == "value_error" else reason.lower()
+    return f"{variable(name)} (flag {flag(name)}) cannot be {value}: {reason}"
 
 
 def variable(name: str) -> str:
@@ -212,7 +307,7 @@ def default_text(name: str) -> str:
     default = Settings.model_fields[name].default
     if default is PydanticUndefined:
         return "random"
-    if default is None:
+    if default is None or default == () or default == SecretStr(""):
         return "none"
     if isinstance(default, ByteSize):
         return default.human_readable(separator=" ").replace(".0 ", " ").replace(".0", "")

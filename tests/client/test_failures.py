@@ -15,6 +15,7 @@ from tests.client.support import problem_reply
 ROWS = [
     (400, "bad-request", argrad.ProtocolError),
     (401, "unauthorized", argrad.AuthenticationError),
+    (403, "forbidden", argrad.AuthenticationError),
     (404, "not-found", argrad.ProtocolError),
     (405, "method-not-allowed", argrad.ProtocolError),
     (406, "not-acceptable", argrad.ProtocolError),
@@ -25,6 +26,7 @@ ROWS = [
     (415, "unsupported-media-type", argrad.ProtocolError),
     (422, "invalid", argrad.ProblemError),
     (429, "overloaded", argrad.OverloadedError),
+    (429, "rate-limited", argrad.OverloadedError),
     (499, "client-closed", argrad.ConnectionFailedError),
     (500, "internal", argrad.InternalServiceError),
     (501, "not-installed", argrad.MissingExtraError),

@@ -1,5 +1,6 @@
 """Dockerfile and docker-compose.yml, checked by what can run without a container engine."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -68,6 +69,18 @@ def test_image_has_a_health_check_and_stops_on_the_signal_the_service_handles():
     )
 
 
+def test_image_asks_for_keys_unless_its_user_says_otherwise():
+    settings = next(rest for word, rest in last_stage() if word == "ENV")
+    assert "ARGRAD_HOST=0.0.0.0" in settings
+    assert not re.search("ARGRAD_(INSECURE|API_KEYS)", settings)
+    environment = {"ARGRAD_HOST": "0.0.0.0", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    done = subprocess.run(
+        [sys.executable, "-m", "argrad_service"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "ARGRAD_HOST is '0.0.0.0', which others may reach, and nobody is asked for an API key" in done.stderr
+
+
 def test_image_installs_by_the_makefile_own_target_in_both_variants():
     (install,) = [rest for word, rest in instructions() if word == "RUN" and "VARIANT" in rest]
     assert "cpu) make install-service ;;" in install
@@ -113,7 +126,8 @@ def test_each_composed_service(services, name):
     assert service["read_only"] is True
     assert service["tmpfs"] == ["/tmp"]
     assert service["cap_drop"] == ["ALL"]
-    assert service["environment"]["ARGRAD_STATE_SECRET"] is None, "passed on where it is set, never given here"
+    for name in ("ARGRAD_STATE_SECRET", "ARGRAD_API_KEYS", "ARGRAD_INSECURE"):
+        assert service["environment"][name] is None, "passed on where it is set, never given here"
 
 
 def test_the_gpu_service_is_a_profile_and_reserves_a_gpu(services):

@@ -78,7 +78,7 @@ async def running_app(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an application in this process, after its start and until its end."""
     async with LifespanManager(app, startup_timeout=30, shutdown_timeout=30) as manager:
         transport = httpx.ASGITransport(app=manager.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://argrad", timeout=30) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30) as client:
             while (await client.get("/health/ready")).status_code != 200:
                 assert app.state.readiness.phase == "starting", app.state.readiness.reason
                 await asyncio.sleep(0.002)

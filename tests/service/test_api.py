@@ -287,7 +287,7 @@ async def test_a_first_solve_that_fails_keeps_the_service_unready():
 
     app = make_app(engine_=HookedEngine(fail))
     transport = httpx.ASGITransport(app=app)
-    async with LifespanManager(app), httpx.AsyncClient(transport=transport, base_url="http://argrad") as client:
+    async with LifespanManager(app), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         while (response := await client.get("/health/ready")).json()["checks"]["phase"] == "starting":
             await asyncio.sleep(0.002)
         assert response.status_code == 503

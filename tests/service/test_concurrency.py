@@ -92,7 +92,8 @@ def connect(url: str) -> socket.socket:
 def request_bytes(body: bytes, length: int | None = None) -> bytes:
     length = len(body) if length is None else length
     return (
-        f"POST /v1/solve HTTP/1.1\r\nhost: x\r\ncontent-type: {JSON}\r\ncontent-length: {length}\r\n\r\n".encode()
+        f"POST /v1/solve HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON}\r\n".encode()
+        + f"content-length: {length}\r\n\r\n".encode()
         + body
     )
 
@@ -153,7 +154,7 @@ def test_liveness_answers_at_once_during_real_solves_and_large_bodies(service_ur
     def load(content_type: str) -> int:
         calls = 0
         with connect(service_url) as connection:
-            head = f"POST /v1/solve HTTP/1.1\r\nhost: x\r\ncontent-type: {content_type}\r\ncontent-length: "
+            head = f"POST /v1/solve HTTP/1.1\r\nhost: localhost\r\ncontent-type: {content_type}\r\ncontent-length: "
             while time.monotonic() < until:
                 connection.sendall(head.encode() + str(len(bodies[content_type])).encode() + b"\r\n\r\n")
                 connection.sendall(bodies[content_type])
@@ -295,7 +296,7 @@ def test_a_body_that_comes_too_slowly_is_a_408(engine: HookedEngine):
 
 def test_a_body_that_misses_the_deadline_is_a_504(url: str):
     with connect(url) as connection:
-        request = request_bytes(b"{", length=100).replace(b"host: x", b"host: x\r\nargrad-timeout-ms: 100")
+        request = request_bytes(b"{", length=100).replace(b"\r\n", b"\r\nargrad-timeout-ms: 100\r\n", 1)
         connection.sendall(request)
         assert connection.recv(65536).startswith(b"HTTP/1.1 504 ")
 
@@ -311,7 +312,7 @@ def test_a_body_that_breaks_off_is_a_499_and_nothing_is_left_behind(url: str, ht
 
 def test_a_head_that_never_ends_loses_its_connection(url: str, http: httpx.Client):
     with connect(url) as connection:
-        connection.sendall(b"POST /v1/solve HTTP/1.1\r\nhost: x\r\n")
+        connection.sendall(b"POST /v1/solve HTTP/1.1\r\nhost: localhost\r\n")
         assert connection.recv(1) == b""
     with connect(url) as silent:
         assert silent.recv(1) == b""
@@ -322,7 +323,7 @@ def test_a_head_that_never_ends_loses_its_connection(url: str, http: httpx.Clien
     ("sent", "found"),
     [
         (b"hello\r\n\r\n", "Invalid HTTP request received."),
-        (b"GET / HTTP/1.1\r\nhost: x\r\nx-long: " + b"a" * 70_000, "more than 65536 bytes of headers"),
+        (b"GET / HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"a" * 70_000, "more than 65536 bytes of headers"),
     ],
     ids=["no HTTP", "an endless head"],
 )

@@ -23,7 +23,6 @@ from argrad.wire.messages import (
     VjpReply,
     VjpRequest,
 )
-from argrad_service.http import exchange, registration
 from argrad_service.state import MemoryProblemStore, ProblemGone
 from tests.service.support import make_app, post, projection, running_app, tensor
 
@@ -149,20 +148,6 @@ async def test_concurrent_registrations_of_the_same(client: httpx.AsyncClient) -
     assert sorted(codes) == [200] * 7 + [201]
     answers = await asyncio.gather(*(named(client, keep_state=False) for _ in range(8)))
     assert all(answer.json()["solution"]["z"] == [[1.0, 0.0], [3.0, 0.5]] for answer in answers)
-
-
-async def test_owners_do_not_see_each_other(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    await put(client)
-    for module in (exchange, registration):
-        monkeypatch.setattr(module, "OWNER", "somebody else")
-    url = f"/v1/problems/{DIGEST}"
-    for response in (await named(client), await client.get(url), await client.delete(url)):
-        assert (response.status_code, response.json()["type"]) == (409, "problem-gone")
-    assert (await put(client)).status_code == 201  # as if it were new
-    assert (await client.delete(url)).status_code == 204
-    for module in (exchange, registration):
-        monkeypatch.setattr(module, "OWNER", "public")
-    assert (await named(client)).status_code == 200
 
 
 async def test_no_room_says_so_and_room_is_made(anyio_backend: str) -> None:

@@ -84,7 +84,7 @@ def heavy() -> dict[str, torch.Tensor]:
 
 
 def test_readiness_turns_false_before_the_listener_closes_and_a_second_signal_ends_at_once(tmp_path: Path):
-    with running_service(tmp_path / "log.txt", "--drain-s", "30") as (url, process):
+    with running_service(tmp_path / "log.txt", "--drain-delay-s", "30") as (url, process):
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{url}/health/ready", trust_env=False).status_code == 503)
         response = httpx.get(f"{url}/health/ready", trust_env=False)
@@ -190,7 +190,7 @@ def test_a_gpu_that_is_not_there_is_said(free_environment: None):
 @pytest.fixture
 def open_service(tmp_path: Path) -> Iterator[Path]:
     log = tmp_path / "log.txt"
-    with running_service(log, "--host", "0.0.0.0", ARGRAD_LOG_FORMAT="json"):
+    with running_service(log, "--host", "0.0.0.0", "--insecure", ARGRAD_LOG_FORMAT="json"):
         yield log
 
 

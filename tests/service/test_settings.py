@@ -34,9 +34,39 @@ def test_defaults_listen_on_loopback_only():
     assert settings.max_json_bytes == 2 * 1024**2
 
 
-@pytest.mark.parametrize(("host", "is_loopback"), [("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("", False)])
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("", False), ("127.evil.example", False)],
+)
 def test_loopback_is_told_from_the_rest(host: str, is_loopback: bool):
-    assert load_settings(host=host).is_loopback is is_loopback
+    assert load_settings(host=host, insecure=True).is_loopback is is_loopback
+
+
+def test_another_address_needs_keys_or_the_word(tmp_path: Path):
+    with pytest.raises(SettingsError, match=r"ARGRAD_HOST is '::', which others may reach, .*`argrad keys new NAME`"):
+        load_settings(host="::")
+    for more in ({"insecure": "true"}, {"api_keys": f"a:{'0' * 64}"}, {"api_keys_file": tmp_path / "none"}):
+        load_settings(host="::", **more)
+    assert load_settings(uds=tmp_path / "socket", host="::").is_loopback
+
+
+def test_every_page_may_call_only_with_keys():
+    with pytest.raises(SettingsError, match=r"ARGRAD_CORS_ORIGINS cannot be \*: without API keys"):
+        load_settings(cors_origins="https://a.example,*")
+    assert load_settings(cors_origins="*", api_keys=f"a:{'0' * 64}").cors_origins == ("*",)
+
+
+def test_words_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ARGRAD_ALLOWED_HOSTS", " a.example, b.example ,")
+    assert load_settings().allowed_hosts == ("a.example", "b.example")
+
+
+def test_a_key_in_place_of_its_digest_is_not_printed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ARGRAD_API_KEYS", "alice:argrad_hunter2")
+    message = r"ARGRAD_API_KEYS .* cannot be that value: the list, line 1: found something else than name:sha256"
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
 
 
 def test_environment_is_read_and_arguments_come_first(monkeypatch: pytest.MonkeyPatch):
@@ -58,6 +88,7 @@ def test_environment_is_read_and_arguments_come_first(monkeypatch: pytest.Monkey
         ("device", "tpu", r"ARGRAD_DEVICE .* cannot be 'tpu': input should be 'auto', 'cpu' or 'cuda'"),
         ("max_body_bytes", "-3", r"ARGRAD_MAX_BODY_BYTES .* cannot be '-3'"),
         ("timeout_s", "inf", r"ARGRAD_TIMEOUT_S .* cannot be 'inf': input should be a finite number"),
+        ("cors_origins", "example.org", r"ARGRAD_CORS_ORIGINS .*: found 'example.org', wanted \* or scheme and host"),
         ("max_iterations", "1000000000", r"ARGRAD_MAX_ITERATIONS .* cannot be '1000000000'"),
     ],
 )

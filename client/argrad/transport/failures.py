@@ -30,6 +30,7 @@ from argrad.errors import (
 ERROR_BY_TYPE: Mapping[str, type[ArgradError]] = {
     "bad-request": ProtocolError,
     "unauthorized": AuthenticationError,
+    "forbidden": AuthenticationError,
     "not-found": ProtocolError,
     "method-not-allowed": ProtocolError,
     "not-acceptable": ProtocolError,
@@ -41,6 +42,7 @@ ERROR_BY_TYPE: Mapping[str, type[ArgradError]] = {
     "invalid": ProblemError,
     "not-installed": MissingExtraError,
     "overloaded": OverloadedError,
+    "rate-limited": OverloadedError,
     "client-closed": ConnectionFailedError,
     "internal": InternalServiceError,
     "not-ready": UnavailableError,

@@ -47,9 +47,6 @@ from argrad_service.working import Reply, Run, Timings
 MAX_RELEASED = 256
 """Most tokens in one Argrad-Release header."""
 
-OWNER = "public"
-"""Whose state every caller's is, as nobody is authenticated."""
-
 Asked = TypeVar("Asked", bound=Document)
 AskedIn = TypeVar("AskedIn", bound=Document, contravariant=True)
 ReplyOut = TypeVar("ReplyOut", bound=Document, covariant=True)
@@ -103,7 +100,7 @@ class Exchange:
         source = body_format(headers.get("content-type"))
         target = reply_format(headers.get("accept"), default=source)
         encoding = reply_encoding(headers.get("accept-encoding"))
-        self._release(headers)
+        self._release(headers, record.owner)
         with self._counted() as reserve:
             with self.phases.of("read"):
                 body = await self._read(request, source, deadline, reserve)
@@ -112,7 +109,7 @@ class Exchange:
 
             def decoded() -> Run[Reply]:
                 document, tensors = decode(model, body, source, limits=self._json_limits)
-                return prepare(document, tensors, owner=OWNER, is_json=target == JSON)
+                return prepare(document, tensors, owner=record.owner, is_json=target == JSON)
 
             run = await self._stage(record, "decode", len(body), decoded)
             timings = dict(record.stages_ms)
@@ -152,7 +149,7 @@ class Exchange:
         deadline = time.monotonic() + self._timeout_s(headers)
         source = body_format(headers.get("content-type"))
         target = reply_format(headers.get("accept"), default=source)
-        self._release(headers)
+        self._release(headers, record.owner)
         with self._counted() as reserve:
             with self.phases.of("read"):
                 body = await self._read(request, source, deadline, reserve)
@@ -181,7 +178,7 @@ class Exchange:
             raise BadRequest("Argrad-Timeout-Ms", repr(text[:40]), "milliseconds, more than 0")
         return min(1e-3 * asked, self.settings.timeout_s)
 
-    def _release(self, headers: Headers) -> None:
+    def _release(self, headers: Headers, owner: str) -> None:
         """Free the states that the client's finalisers let go of; whether they were still there does not matter."""
         text = headers.get("argrad-release")
         if text is None:
@@ -191,7 +188,7 @@ class Exchange:
             raise BadRequest("Argrad-Release", f"{len(tokens)} tokens", f"at most {MAX_RELEASED}")
         for token in tokens:
             with contextlib.suppress(StateGone):
-                self.operations.release(token, owner=OWNER)
+                self.operations.release(token, owner=owner)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[Callable[[int], None]]:

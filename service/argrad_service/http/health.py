@@ -28,8 +28,11 @@ class Readiness:
     phase: Literal["starting", "ready", "failed", "stopping"] = "starting"
     reason: str | None = None
 
-    def report(self) -> dict[str, Any]:
+    def report(self, *, is_detailed: bool = True) -> dict[str, Any]:
         """What /health/ready answers.
+
+        Args:
+            is_detailed: Whether the caller may see what was found.
 
         Raises:
             NotReady: the service should not be sent work; the same report is in `checks`.
@@ -42,8 +45,13 @@ class Readiness:
             "solver": asdict(solver),
             "state": {"store": "memory", "entries": state.entries, "held_bytes": state.held_bytes},
         }
+        is_ready = self.phase == "ready" and solver.alive >= solver.threads
+        if not is_detailed:
+            if not is_ready:
+                raise NotReady("the service is not ready")
+            return {"status": "ready"}
         if self.phase != "ready":
             raise NotReady(f"the service is {self.phase}{f': {self.reason}' if self.reason else ''}", checks)
-        if solver.alive < solver.threads:
+        if not is_ready:
             raise NotReady(f"{solver.alive} of {solver.threads} solver threads are alive", checks)
         return {"status": "ready", "checks": checks}

@@ -32,6 +32,33 @@ class BadRequest(Exception):  # noqa: N818 - a verdict, not a defect
         self.field, self.found, self.wanted = field, found, wanted
 
 
+class Unauthorized(Exception):  # noqa: N818 - a verdict, not a defect
+    """The request has no API key, or one that is not known."""
+
+    def __init__(self, *, is_given: bool) -> None:
+        if is_given:
+            super().__init__("the Authorization header has no API key that is known here")
+        else:
+            super().__init__("found no API key, wanted the header Authorization: Bearer KEY")
+        self.is_given = is_given
+
+
+class Forbidden(Exception):  # noqa: N818 - a verdict, not a defect
+    """The request came by a name, from a web page or at a port from which nobody may send it."""
+
+    def __init__(self, field: str, found: str, wanted: str) -> None:
+        super().__init__(f"{field}: found {found}, wanted {wanted}")
+        self.field, self.found, self.wanted = field, found, wanted
+
+
+class RateLimited(Exception):  # noqa: N818 - a verdict, not a defect
+    """The key has made as many calls as it may; `retry_after_s` is when it may make the next."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class BodyTooSlow(Exception):  # noqa: N818 - a verdict, not a defect
     """The body took longer than it may."""
 
@@ -39,9 +66,10 @@ class BodyTooSlow(Exception):  # noqa: N818 - a verdict, not a defect
 class NotReady(Exception):  # noqa: N818 - a verdict, not a defect
     """The service cannot solve yet, or no more; `checks` says why."""
 
-    def __init__(self, message: str, checks: Mapping[str, Any]) -> None:
+    def __init__(self, message: str, checks: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.checks = checks
+        if checks is not None:
+            self.checks = checks
 
 
 @dataclass(frozen=True)
@@ -57,6 +85,8 @@ INTERNAL = Kind(500, "internal", "A defect of the service. Its log has the reque
 KINDS: dict[type[Exception], Kind] = {
     BadRequest: Kind(400, "bad-request", "The bytes of the request cannot be read."),
     UnreadableBodyError: Kind(400, "bad-request", "The bytes of the request cannot be read."),
+    Unauthorized: Kind(401, "unauthorized", "The call needs an API key that is known here."),
+    Forbidden: Kind(403, "forbidden", "Nobody may call in this way."),
     NotAcceptableError: Kind(406, "not-acceptable", "No format that the caller accepts can be written."),
     BodyTooSlow: Kind(408, "body-too-slow", "The body took longer than it may."),
     StateGone: Kind(409, "state-gone", "The state token names no state. Send problem and solution instead."),
@@ -67,6 +97,7 @@ KINDS: dict[type[Exception], Kind] = {
     ProblemError: Kind(422, "invalid", "The request can be read, but says something wrong."),
     GradientError: Kind(422, "invalid", "The request can be read, but says something wrong."),
     Overloaded: Kind(429, "overloaded", "There is no room for another call now."),
+    RateLimited: Kind(429, "rate-limited", "The key has made as many calls as it may for now."),
     CallerGone: Kind(499, "client-closed", "The caller left before the reply."),
     MissingExtraError: Kind(501, "not-installed", "What the call asks for is not installed where the service runs."),
     Stopping: Kind(503, "not-ready", "The service is starting or stopping."),
@@ -125,7 +156,9 @@ def describe(error: Exception) -> Problem:
         if hasattr(error, name)
     }
     headers = {}
-    if isinstance(error, Overloaded):
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="argrad"' + ', error="invalid_token"' * error.is_given
+    if isinstance(error, Overloaded | RateLimited):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, BodyTooSlow):
         headers["Connection"] = "close"

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from starlette.types import Scope
 from torch import Tensor
 
+from argrad_service.keyring import PUBLIC
+
 _KEY = "argrad.record"
 
 
@@ -27,6 +29,9 @@ class Record:
         iterations: Of each problem, where it was solved.
         problem_type: Type of the error that was answered, if one was.
         detail: Its words.
+        owner: Whose call it is, and whose what it leaves behind.
+        key: Name of the API key that came with it, if one did.
+        is_trusted: Whether it may see how the service fares.
     """
 
     request_id: str
@@ -40,6 +45,9 @@ class Record:
     iterations: Tensor | None = None
     problem_type: str | None = None
     detail: str | None = None
+    owner: str = PUBLIC
+    key: str | None = None
+    is_trusted: bool = True
 
     def attach(self, scope: Scope) -> None:
         """Make this the record of the request."""

@@ -10,7 +10,8 @@ from starlette.responses import Response
 from argrad.errors import ProblemError
 from argrad.wire import JSON, encode, reply_format
 from argrad.wire.messages import RegisteredReply, RegisterRequest, TensorMap
-from argrad_service.http.exchange import OWNER, Exchange
+from argrad_service.http.exchange import Exchange
+from argrad_service.http.record import Record
 from argrad_service.registered import Registrations
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -29,10 +30,10 @@ class RegistrationCalls:
 
     async def put(self, request: Request) -> Response:
         """Register; 201 if it was not registered before, else 200."""
-        name = _name(request)
+        name, owner = _name(request), Record.of(request.scope).owner
 
         def register(document: RegisterRequest, tensors: TensorMap) -> tuple[RegisteredReply, bool]:
-            return self._registrations.register(document, tensors, name=name, owner=OWNER)
+            return self._registrations.register(document, tensors, name=name, owner=owner)
 
         (reply, is_new), target = await self._exchange.receive(request, RegisterRequest, register)
         return _answer(reply, target, 201 if is_new else 200)
@@ -40,11 +41,11 @@ class RegistrationCalls:
     async def get(self, request: Request) -> Response:
         """Say what is registered."""
         target = reply_format(request.headers.get("accept"), default=JSON)
-        return _answer(self._registrations.describe(_name(request), owner=OWNER), target, 200)
+        return _answer(self._registrations.describe(_name(request), owner=Record.of(request.scope).owner), target, 200)
 
     async def delete(self, request: Request) -> Response:
         """Forget what is registered."""
-        self._registrations.delete(_name(request), owner=OWNER)
+        self._registrations.delete(_name(request), owner=Record.of(request.scope).owner)
         return Response(status_code=204)
 
 

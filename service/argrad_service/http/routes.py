@@ -11,9 +11,11 @@ from fastapi.routing import APIRoute
 
 from argrad.wire.messages import JvpRequest, SolveRequest, VjpRequest
 from argrad_service.http import openapi
-from argrad_service.http.exchange import OWNER, Exchange
+from argrad_service.http.exchange import Exchange
 from argrad_service.http.health import Readiness
 from argrad_service.http.metrics import Metrics
+from argrad_service.http.pages import documentation
+from argrad_service.http.record import Record
 from argrad_service.http.registration import RegistrationCalls
 from argrad_service.registered import Registrations
 
@@ -62,8 +64,12 @@ def add_routes(
     @app.delete("/v1/states/{token}", tags=["v1"], summary="Free forward state early", **openapi.DELETE_STATE)
     async def delete_state(request: Request) -> Response:
         """Forget a state. A token that names none is `state-gone`, as everywhere."""
-        operations.release(request.path_params["token"], owner=OWNER)
+        operations.release(request.path_params["token"], owner=Record.of(request.scope).owner)
         return Response(status_code=204)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(_: Request) -> Response:
+        return documentation(app.title)
 
     _add_problem_routes(app, RegistrationCalls(exchange, registrations))
 
@@ -78,9 +84,13 @@ def add_routes(
         return Response(b'{"status":"live"}', media_type=_JSON)
 
     @app.get("/health/ready", tags=["operation"], summary="Whether to send work", **openapi.READY)
-    async def ready(_: Request) -> Response:
-        """Ready once a first solve has gone through both paths; 503 before that and while stopping."""
-        return Response(orjson.dumps(readiness.report()), media_type=_JSON)
+    async def ready(request: Request) -> Response:
+        """Ready once a first solve has gone through both paths; 503 before that and while stopping.
+
+        Where keys are asked for, what was found (`checks`) is for those who have one.
+        """
+        report = readiness.report(is_detailed=Record.of(request.scope).is_trusted)
+        return Response(orjson.dumps(report), media_type=_JSON)
 
     @app.get("/metrics", tags=["operation"], summary="Prometheus metrics", **openapi.METRICS)
     async def scrape(_: Request) -> Response:
