@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from argrad.arguments import LOCAL, load_backend
 from argrad.backend import Call
-from argrad.client import LOCAL, Client, load_backend
+from argrad.client import Client
 from argrad.nn import QPLayer, TotalVariation, differences
 from argrad.wire.messages import SolveReply, SolveRequest, TensorMap
 from examples.mnist import Network, load_images

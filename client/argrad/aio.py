@@ -12,16 +12,16 @@ import httpx
 from torch import Tensor
 
 from argrad import operations
-from argrad.backend import Backend, Call
-from argrad.client import (
-    DEFAULT_RETRIES,
+from argrad.arguments import (
     DEFAULT_TIMEOUT_S,
     LOCAL,
+    addresses_of,
     check_compression,
     check_registering,
     http_options,
     load_backend,
 )
+from argrad.backend import Backend, Call
 from argrad.errors import StateGoneError
 from argrad.observation import Observer, observe
 from argrad.operations import Exchange, Reply
@@ -121,11 +121,11 @@ class AsyncClient:
 
     def __init__(
         self,
-        target: str | AsyncBackend,
+        target: str | Sequence[str] | AsyncBackend,
         *,
         api_key: str | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
-        retries: int = DEFAULT_RETRIES,
+        retries: int | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         observer: Observer | None = None,
         register: Registering = "auto",
@@ -139,8 +139,9 @@ class AsyncClient:
         self._backend: AsyncBackend
         if target == LOCAL:
             self._backend = _InThread(load_backend(LOCAL))
-        elif isinstance(target, str):
-            self._backend = AsyncHttpBackend(http_options(target, api_key, retries, compression), transport=transport)
+        elif isinstance(target, str | Sequence):
+            options = http_options(addresses_of(target), api_key, retries, compression)
+            self._backend = AsyncHttpBackend(options, transport=transport)
         else:
             self._backend = target
 

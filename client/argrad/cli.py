@@ -24,10 +24,11 @@ from rich.table import Table
 
 from argrad import keys, operations
 from argrad._version import __version__
+from argrad.arguments import LOCAL
 from argrad.bench import run
 from argrad.bench.page import show
 from argrad.bench.plan import Plan, StepKind, options_of
-from argrad.client import LOCAL, Client
+from argrad.client import Client
 from argrad.errors import ArgradError, MissingExtraError, ProblemError
 from argrad.operations import Exchange, Reply
 from argrad.problems import QP

@@ -6,19 +6,27 @@ import collections
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from importlib.metadata import entry_points
 from types import TracebackType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import httpx
 from pydantic import SecretStr
 from torch import Tensor
 
 from argrad import operations
-from argrad.backend import ENTRY_POINT_GROUP, Backend
-from argrad.errors import ForkedError, MissingExtraError, ProblemError, StateGoneError
+from argrad.arguments import (
+    DEFAULT_TIMEOUT_S,
+    LOCAL,
+    addresses_of,
+    check_compression,
+    check_registering,
+    http_options,
+    load_backend,
+)
+from argrad.backend import Backend
+from argrad.errors import ForkedError, StateGoneError
 from argrad.futures import P, Threads
 from argrad.handles import new_handle
 from argrad.observation import Observer, observe
@@ -27,16 +35,13 @@ from argrad.options import Options
 from argrad.problems import QP, Form
 from argrad.registered import FAILURES, Kind, Registered, Registering, Registry, handle_for, register
 from argrad.results import GradientResult, Point, SolveResult, TangentResult
-from argrad.transport.calls import Compression, HttpOptions
-from argrad.transport.exchange import RetryPolicy, drive
+from argrad.transport.calls import Compression
+from argrad.transport.exchange import drive
 from argrad.transport.http import HttpBackend
 from argrad.wire.messages import FailedGradients, Gradients
 
 T = TypeVar("T")
 
-LOCAL = "local"
-DEFAULT_TIMEOUT_S = 300.0
-DEFAULT_RETRIES = 5
 _MAX_RELEASED = 4096
 _DEFAULTS = Options()
 
@@ -48,11 +53,14 @@ class Client:
     because the workers that it is sent to need it: treat the pickle as the secret that it holds.
 
     Args:
-        target: Address of a service (`http://host:port`, `https://…`, `http+unix:///path/of/socket`), or `local` for
-            the engine in this process, or a backend of your own.
+        target: Address of a service (`http://host:port`, `https://…`, `http+unix:///path/of/socket`); addresses of its
+            replicas, in a sequence or with commas between, of which each call takes one that answers; `local` for the
+            engine in this process; or a backend of your own.
         api_key: Sent as `Authorization: Bearer`.
         timeout_s: Seconds that a call may take, retries included; None for no limit.
-        retries: Further attempts after a connection error, a reply cut off, 429 or 503.
+        retries: Further attempts after a connection error, a reply cut off, 429 or 503; by default as many as the
+            deadline allows, unless nobody has ever answered: an address that is wrong fails after 20 s. With several
+            addresses an attempt is one at each.
         transport: Sends HTTP requests in place of a pool of connections.
         observer: Called after each exchange, in the thread that made it.
         register: `explicit`: what `Client.register` and layers register is sent once. `auto`: so is every parameter of
@@ -71,11 +79,11 @@ class Client:
 
     def __init__(
         self,
-        target: str | Backend,
+        target: str | Sequence[str] | Backend,
         *,
         api_key: str | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
-        retries: int = DEFAULT_RETRIES,
+        retries: int | None = None,
         transport: httpx.BaseTransport | None = None,
         observer: Observer | None = None,
         register: Registering = "auto",
@@ -86,7 +94,7 @@ class Client:
         check_registering(register)
         check_compression(compression)
         self._settings = (
-            target,
+            tuple(target) if isinstance(target, Sequence) and not isinstance(target, str) else target,
             None if api_key is None else SecretStr(api_key),
             timeout_s,
             retries,
@@ -105,8 +113,9 @@ class Client:
         self._backend: Backend
         if target == LOCAL:
             self._backend = load_backend(LOCAL)
-        elif isinstance(target, str):
-            self._backend = HttpBackend(http_options(target, api_key, retries, compression), transport=transport)
+        elif isinstance(target, str | Sequence):
+            options = http_options(addresses_of(target), api_key, retries, compression)
+            self._backend = HttpBackend(options, transport=transport)
         else:
             self._backend = target
         self.fetches_ahead = prefetch and isinstance(self._backend, HttpBackend)
@@ -355,10 +364,10 @@ class Client:
 
 
 def _rebuild(
-    target: str | Backend,
+    target: str | Sequence[str] | Backend,
     api_key: SecretStr | None,
     timeout_s: float | None,
-    retries: int,
+    retries: int | None,
     transport: httpx.BaseTransport | None,
     observer: Observer | None,
     register: Registering,
@@ -376,59 +385,6 @@ def _rebuild(
         prefetch=prefetch,
         compression=compression,
     )
-
-
-def http_options(url: str, api_key: str | None, retries: int, compression: Compression | None) -> HttpOptions:
-    """How a service is called, from a client's arguments.
-
-    Raises:
-        ProblemError: the API key or the number of retries cannot be one.
-        MissingExtraError: what compresses is not installed.
-    """
-    if retries < 0:
-        raise ProblemError("retries", str(retries), "0 or more")
-    return HttpOptions(
-        url=url,
-        api_key=None if api_key is None else SecretStr(api_key),
-        policy=RetryPolicy(retries=retries),
-        compression=compression,
-    )
-
-
-def check_registering(value: str) -> None:
-    """Refuse a way of registering that there is not.
-
-    Raises:
-        ProblemError: with the ways that there are.
-    """
-    if value not in get_args(Registering):
-        raise ProblemError("register", repr(value), f"one of {', '.join(get_args(Registering))}")
-
-
-def check_compression(value: str | None) -> None:
-    """Refuse a way of compressing that there is not.
-
-    Raises:
-        ProblemError: with the ways that there are.
-    """
-    if value is not None and value not in get_args(Compression):
-        raise ProblemError("compression", repr(value), f"None or one of {', '.join(get_args(Compression))}")
-
-
-def load_backend(name: str) -> Backend:
-    """Make the backend that an installed package offers under that name.
-
-    Raises:
-        MissingExtraError: no package does, or packages that it needs are not installed.
-    """
-    missing = MissingExtraError(f"argrad.Client({name!r})", "service")
-    for entry in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        try:
-            backend: Backend = entry.load()()
-        except ImportError as error:
-            raise missing from error
-        return backend
-    raise missing
 
 
 def take_all(states: collections.deque[str]) -> list[str]:

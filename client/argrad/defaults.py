@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from pydantic import SecretStr
 
-from argrad.client import LOCAL, Client
+from argrad.arguments import LOCAL
+from argrad.client import Client
 
 URL_VARIABLE = "ARGRAD_URL"
 API_KEY_VARIABLE = "ARGRAD_API_KEY"

@@ -16,8 +16,8 @@ import orjson
 import torch
 from torch import Tensor
 
+from argrad.arguments import LOCAL, load_backend
 from argrad.backend import Backend, Call
-from argrad.client import LOCAL, load_backend
 from argrad.errors import ProblemError, StateGoneError
 from argrad.wire import SAFETENSORS, decode, encode
 from argrad.wire.messages import JvpRequest, Message, SolveRequest, TensorMap, VjpRequest

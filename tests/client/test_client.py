@@ -260,11 +260,11 @@ class TestProcesses:
         message = re.escape(
             "argrad.Client('local') needs packages that are not installed: pip install 'argrad[service]'"
         )
-        monkeypatch.setattr("argrad.client.entry_points", lambda **_: ())
+        monkeypatch.setattr("argrad.arguments.entry_points", lambda **_: ())
         with pytest.raises(argrad.MissingExtraError, match=message):
             Client("local")
         broken = importlib.metadata.EntryPoint("local", "no_such_package:create", "argrad.backends")
-        monkeypatch.setattr("argrad.client.entry_points", lambda **_: (broken,))
+        monkeypatch.setattr("argrad.arguments.entry_points", lambda **_: (broken,))
         with pytest.raises(argrad.MissingExtraError, match=message) as caught:
             Client("local")
         assert isinstance(caught.value.__cause__, ModuleNotFoundError)

@@ -15,8 +15,9 @@ import torch
 import argrad
 from argrad.transport.bodies import decoded
 from argrad.transport.calls import HttpOptions
-from argrad.transport.exchange import Answer, RetryPolicy
+from argrad.transport.exchange import Answer
 from argrad.transport.http import HttpBackend
+from argrad.transport.retries import RetryPolicy
 from argrad.wire import LEAST_BYTES, compress, decompress, load_zstd
 from tests.client.support import D, FakeClock, FakeService, problem_reply
 from tests.service.support import make_app, serving
@@ -54,7 +55,7 @@ class Squeezing(FakeService):
 
 def make_client(service: Squeezing, compression: Any = "zstd") -> argrad.Client:
     clock = FakeClock()
-    options = HttpOptions(url=URL, clock=clock, policy=RetryPolicy(retries=2), compression=compression)
+    options = HttpOptions(urls=[URL], clock=clock, policy=RetryPolicy(retries=2), compression=compression)
     return argrad.Client(HttpBackend(options, transport=service.transport, sleep=clock.sleep), register="explicit")
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
+import re
 import threading
+from typing import Any
 
 import httpx
 import pytest
 
 import argrad
-from argrad.transport.exchange import Answer, Deadline, Pause, RetryBudget, RetryPolicy, Send, drive, exchange
+from argrad.transport.address import parse_address
+from argrad.transport.exchange import Answer, Deadline, Pause, Send, drive, exchange
+from argrad.transport.retries import RetryBudget, RetryPolicy
+from argrad.transport.targets import Target, Targets
 from tests.client.support import FakeClock, problem_reply
 
 OK = httpx.Response(200, content=b"fine")
@@ -18,16 +24,19 @@ CUT = httpx.RemoteProtocolError("peer closed connection")
 
 
 def run(
-    *outcomes: httpx.Response | Exception,
+    *outcomes: httpx.Response | Exception | None,
     timeout_s: float | None = 60.0,
     policy: RetryPolicy | None = None,
     budget: RetryBudget | None = None,
+    clock: FakeClock | None = None,
     takes_s: float = 0.0,
 ) -> tuple[bytes, list[float], list[float | None]]:
-    """Body of the reply, seconds slept before each retry, and seconds left at each attempt."""
-    clock, left, script = FakeClock(), [], iter(outcomes)
+    """Body of the reply, seconds slept before each retry, and seconds left at each attempt; the last outcome stays."""
+    clock = clock or FakeClock()
+    left: list[float | None] = []
+    script, began = list(outcomes), len(clock.slept)
 
-    def request(remaining_s: float | None) -> httpx.Request:
+    def request(target: Target, remaining_s: float | None) -> Any:
         left.append(remaining_s)
         return httpx.Request("POST", "http://host/v1/solve")
 
@@ -36,20 +45,22 @@ def run(
             clock.sleep(effect.seconds)
             return None
         clock.now += takes_s
-        outcome = next(script)
+        outcome = script.pop(0) if len(script) > 1 else script[0]
         if isinstance(outcome, Exception):
             raise outcome
+        assert outcome is not None
         return Answer(outcome.status_code, outcome.headers, outcome.content)
 
     steps = exchange(
         request,
-        where="http://host",
+        affinity=None,
+        targets=Targets([parse_address("http://host")], clock),
         deadline=Deadline(timeout_s, clock),
         policy=policy or RetryPolicy(),
-        budget=budget or RetryBudget(),
+        budget=budget or RetryBudget(clock),
     )
     answer = drive(steps, perform, (httpx.HTTPError,))
-    return bytes(answer.body), clock.slept, left
+    return bytes(answer.body), clock.slept[began:], left
 
 
 @pytest.mark.parametrize(
@@ -90,11 +101,12 @@ def test_never_tries_again(failure: httpx.Response | Exception, wanted: type[Exc
         run(failure, OK)
 
 
-def test_delays_double_and_are_jittered() -> None:
-    _, slept, _ = run(*[CUT] * 5, OK, policy=RetryPolicy(retries=5, first_delay_s=0.1, max_delay_s=0.5))
-    bounds = [0.1, 0.2, 0.4, 0.5, 0.5]
-    assert all(bound / 2 <= seconds <= bound for seconds, bound in zip(slept, bounds, strict=True))
-    assert len(set(slept)) == 5
+def test_delays_double_and_are_drawn_from_nothing_to_their_bound() -> None:
+    draws = [run(*[CUT] * 6, OK, policy=RetryPolicy(first_delay_s=0.1, max_delay_s=0.5))[1] for _ in range(200)]
+    bounds = [0.1, 0.2, 0.4, 0.5, 0.5, 0.5]
+    for bound, drawn in zip(bounds, zip(*draws, strict=True), strict=True):
+        assert 0.0 <= min(drawn) < 0.1 * bound
+        assert 0.9 * bound < max(drawn) <= bound
 
 
 def test_retry_after_is_honoured() -> None:
@@ -106,9 +118,37 @@ def test_gives_up_after_the_last_retry_with_the_last_failure() -> None:
     with pytest.raises(argrad.OverloadedError) as caught:
         run(CUT, CUT, BUSY, policy=RetryPolicy(retries=2))
     assert caught.value.retry_after_s == 2.0
+    assert "3 rounds of attempts" in caught.value.__notes__[0]
     with pytest.raises(argrad.ConnectionFailedError, match="RemoteProtocolError: peer closed") as cut:
         run(CUT, policy=RetryPolicy(retries=0))
     assert cut.value.__cause__ is CUT
+
+
+def test_a_lone_caller_waits_for_a_service_that_is_away_until_its_deadline() -> None:
+    clock = FakeClock()
+    budget = RetryBudget(clock)
+    known = [NOT_READY]  # it has answered once: the address is right
+    with pytest.raises(argrad.ConnectionFailedError) as caught:
+        run(*known, CUT, timeout_s=120.0, clock=clock, budget=budget)
+    assert 118.0 < clock.now - 1000.0 <= 120.0
+    assert "s after the first" in caught.value.__notes__[-1]
+    assert max(clock.slept) <= 0.8
+    # Not a storm either: three attempts a second at most.
+    assert len(clock.slept) < 3 * 120 * 3
+
+
+def test_where_nobody_ever_answered_the_address_may_be_wrong() -> None:
+    clock = FakeClock()
+    with pytest.raises(argrad.ConnectionFailedError, match="http://host: ConnectError: refused"):
+        run(httpx.ConnectError("refused"), timeout_s=300.0, clock=clock)
+    assert 20.0 <= clock.now - 1000.0 < 22.0
+
+
+def test_the_log_says_that_a_call_waits(caplog: pytest.LogCaptureFixture) -> None:
+    run(NOT_READY, *[CUT] * 60, OK, timeout_s=300.0)
+    said = [record.getMessage() for record in caplog.records if record.name == "argrad"]
+    assert len(said) == 1
+    assert re.fullmatch(r"a call waits for the service, for 29\d s more: http://host: .*peer closed.*", said[0])
 
 
 def test_each_attempt_gets_what_is_left_of_the_deadline() -> None:
@@ -132,19 +172,90 @@ def test_a_deadline_that_passed_sends_nothing() -> None:
         deadline.check()
 
 
-def test_the_budget_bounds_the_retries_of_all_calls() -> None:
-    budget = RetryBudget(capacity=3.0)
-    with pytest.raises(argrad.ConnectionFailedError):
-        run(*[CUT] * 9, policy=RetryPolicy(retries=8), budget=budget)
-    with pytest.raises(argrad.ConnectionFailedError):
-        run(CUT, OK, budget=budget)
-    for _ in range(11):
-        run(OK, budget=budget)
-    assert run(CUT, OK, budget=budget)[0] == b"fine"
+class TestBudget:
+    def test_it_is_a_reserve_and_what_each_second_adds(self) -> None:
+        clock = FakeClock()
+        budget = RetryBudget(clock, reserve=3.0, per_s=2.0)
+        assert [budget.take() for _ in range(4)] == [True, True, True, False]
+        clock.now += 0.5
+        assert [budget.take() for _ in range(2)] == [True, False]
+        clock.now += 1000.0
+        assert [budget.take() for _ in range(4)] == [True, True, True, False]
+
+    def test_ten_calls_that_are_answered_pay_for_a_retry(self) -> None:
+        budget = RetryBudget(FakeClock(), reserve=1.0)
+        assert budget.take()
+        for _ in range(9):
+            budget.answered(is_paid=False)
+        assert not budget.take()
+        budget.answered(is_paid=False)
+        budget.answered(is_paid=False)
+        assert budget.take()
+
+    def test_a_retry_that_is_answered_lets_two_go(self) -> None:
+        budget = RetryBudget(FakeClock(), reserve=1.0)
+        waiting, rounds = 1000, 0
+        going = int(budget.take())
+        while waiting:
+            rounds += 1
+            waiting -= going
+            for _ in range(going):
+                budget.answered(is_paid=True)
+            going = sum(budget.take() for _ in range(waiting))
+        assert rounds < 16
+
+    def test_calls_that_failed_together_do_not_come_back_together(self) -> None:
+        """A hundred callers, thirty seconds without a service: what reaches its address is a few attempts a second."""
+        clock = FakeClock()
+        budget = RetryBudget(clock)
+        attempts: list[float] = []
+
+        def request(target: Target, remaining_s: float | None) -> Any:
+            attempts.append(clock.now)
+            return httpx.Request("POST", "http://host")
+
+        targets = Targets([parse_address("http://host")], clock)
+        targets.answered(targets.all[0])
+        calls = [
+            exchange(
+                request,
+                affinity=None,
+                targets=targets,
+                deadline=Deadline(30.0, clock),
+                policy=RetryPolicy(),
+                budget=budget,
+            )
+            for _ in range(100)
+        ]
+        due = [(clock.now, i, next(call)) for i, call in enumerate(calls)]
+        heapq.heapify(due)
+        failed = 0
+        while due:
+            clock.now, i, effect = heapq.heappop(due)
+            try:
+                if isinstance(effect, Send):
+                    effect = calls[i].throw(httpx.ConnectError("refused"))
+                else:
+                    effect = calls[i].send(None)
+            except argrad.ConnectionFailedError:
+                failed += 1
+                continue
+            seconds = effect.seconds if isinstance(effect, Pause) else 0.0
+            heapq.heappush(due, (clock.now + seconds, i, effect))
+        assert failed == 100
+        assert len(attempts) <= 100 + 10 + 2.5 * 30 + 1
+        assert len([at for at in attempts if at > 1010.0]) <= 2.5 * 20 + 1
+
+
+def test_a_service_that_names_the_moment_to_come_back_is_not_a_matter_of_the_budget() -> None:
+    budget = RetryBudget(FakeClock(), reserve=0.0, per_s=0.0)
+    assert run(BUSY, BUSY, BUSY, OK, budget=budget)[0] == b"fine"
+    with pytest.raises(argrad.UnavailableError):
+        run(NOT_READY, OK, budget=budget, timeout_s=5.0)
 
 
 def test_the_budget_is_exact_under_threads() -> None:
-    budget, taken = RetryBudget(capacity=100.0), []
+    budget, taken = RetryBudget(FakeClock(), reserve=100.0), []
 
     def take() -> None:
         taken.extend(budget.take() for _ in range(100))

@@ -17,8 +17,9 @@ from pydantic import SecretStr
 import argrad
 from argrad.transport.bodies import Download, Upload, decoded
 from argrad.transport.calls import HttpOptions
-from argrad.transport.exchange import Answer, Deadline, RetryPolicy
+from argrad.transport.exchange import Answer, Deadline
 from argrad.transport.http import HttpBackend
+from argrad.transport.retries import RetryPolicy
 from argrad.wire import SAFETENSORS
 from tests.client.support import D, FakeClock, FakeService, assert_close, listening, problem_reply, simplex
 
@@ -28,7 +29,7 @@ QP = argrad.QP(**simplex())
 
 def make_client(service: FakeService, clock: FakeClock | None = None, **more: Any) -> argrad.Client:
     clock = clock or FakeClock()
-    options = HttpOptions(url=URL, clock=clock, policy=RetryPolicy(retries=3))
+    options = HttpOptions(urls=[URL], clock=clock, policy=RetryPolicy(retries=3))
     return argrad.Client(HttpBackend(options, transport=service.transport, sleep=clock.sleep), **more)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -267,3 +268,24 @@ def test_nobody_there() -> None:
     request = Outgoing("GET", address.base, [], Upload([], 0, deadline), timeouts)
     with pytest.raises(httpx.ConnectError):
         Pool(address).exchange(request, deadline)
+
+
+def test_a_peer_that_vanished_is_a_broken_connection(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own timeout, after it asked in vain, is no deadline: the call is tried again."""
+    server, pool = serving(says(b""))
+
+    def vanished(*_: Any) -> bytes:
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    monkeypatch.setattr("argrad.transport.connection.Connection._next", vanished)
+    with pytest.raises(httpx.ReadError, match="Connection timed out"):
+        call(server, pool)
+
+
+def test_the_kernel_looks_whether_a_silent_peer_is_there(serving: Any) -> None:
+    server, pool = serving(keeps_saying(1))
+    call(server, pool)
+    (connection,) = pool._idle
+    assert connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from argrad.client import LOCAL
+from argrad.arguments import LOCAL
 from argrad.errors import ProblemError
 from argrad.options import Options
 from argrad.problems import check_names

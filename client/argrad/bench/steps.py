@@ -18,7 +18,8 @@ from argrad.bench.plan import Plan
 from argrad.errors import StateGoneError
 from argrad.replies import named, one_each
 from argrad.transport.calls import HttpCalls, HttpOptions, read_reply
-from argrad.transport.exchange import Answer, Pause, RetryPolicy, Send, Steps, drive_async
+from argrad.transport.exchange import Answer, Pause, Send, Steps, drive_async
+from argrad.transport.retries import RetryPolicy
 from argrad.wire.messages import ProblemDocument, SolveReply, SolveRequest, TensorMap, VjpReply, VjpRequest
 
 _MOST_DRAWN = 16
@@ -107,8 +108,8 @@ class Stepper:
 
     def __init__(self, plan: Plan, api_key: str | None) -> None:
         key = None if api_key is None else SecretStr(api_key)
-        self._calls = HttpCalls(HttpOptions(url=plan.url, api_key=key, policy=RetryPolicy(retries=0)))
-        self._context = httpx.create_ssl_context() if self._calls.address.base.scheme == "https" else None
+        self._calls = HttpCalls(HttpOptions(urls=[plan.url], api_key=key, policy=RetryPolicy(retries=0)))
+        self._context = httpx.create_ssl_context() if self._calls.addresses[0].base.scheme == "https" else None
         self._plan, self._drawn = plan, draw(plan)
         self._solve = SolveRequest(
             solver=plan.options.solver_document,
@@ -126,7 +127,7 @@ class Stepper:
 
     def line(self) -> Line:
         """A connection of one caller."""
-        return Line(self._calls.address, self._context)
+        return Line(self._calls.addresses[0], self._context)
 
     async def try_one(self) -> None:
         """Take a step on a connection of its own.

@@ -9,8 +9,10 @@ from typing import Any, cast
 import httpx
 
 from argrad.backend import Call
+from argrad.transport.address import Address
 from argrad.transport.bodies import Download, decoded
 from argrad.transport.calls import HttpCalls, HttpOptions, read_document, read_reply
+from argrad.transport.connection import KEEPALIVE
 from argrad.transport.exchange import Answer, Pause, Send, Steps, drive_async
 from argrad.transport.pool import LIMITS
 from argrad.wire.messages import (
@@ -43,11 +45,14 @@ class AsyncHttpBackend:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._calls, self._sleep = HttpCalls(options), sleep
-        self._transport = transport or _pool(self._calls)
+        self._transports = [_pool(address) if transport is None else transport for address in self._calls.addresses]
 
     async def solve(self, request: SolveRequest, tensors: TensorMap, call: Call) -> tuple[SolveReply, TensorMap]:
         """POST /v1/solve."""
-        return read_reply(SolveReply, await self._call(lambda: self._calls.post("solve", request, tensors, call)))
+        answer = await self._call(lambda: self._calls.post("solve", request, tensors, call))
+        reply, out = read_reply(SolveReply, answer)
+        self._calls.note(reply.state, answer)
+        return reply, out
 
     async def vjp(self, request: VjpRequest, tensors: TensorMap, call: Call) -> tuple[VjpReply, TensorMap]:
         """POST /v1/vjp."""
@@ -73,7 +78,8 @@ class AsyncHttpBackend:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._transport.aclose()
+        for transport in self._transports:
+            await transport.aclose()
 
     async def _call(self, begin: Callable[[], Steps]) -> Answer:
         """Begin a call, in a thread where that compresses, and make it."""
@@ -86,7 +92,8 @@ class AsyncHttpBackend:
         if isinstance(effect, Pause):
             await self._sleep(effect.seconds)
             return None
-        response = await self._transport.handle_async_request(effect.request.as_httpx())
+        transport = self._transports[effect.request.target]
+        response = await transport.handle_async_request(effect.request.as_httpx())
         try:
             download = Download(response.headers, effect.deadline)
             async for piece in cast("httpx.AsyncByteStream", response.stream):
@@ -99,7 +106,9 @@ class AsyncHttpBackend:
         return await asyncio.to_thread(decoded, answer, self._calls.accepted)
 
 
-def _pool(calls: HttpCalls) -> httpx.AsyncBaseTransport:
-    address = calls.address
+def _pool(address: Address) -> httpx.AsyncBaseTransport:
     is_tls = address.base.scheme == "https"
-    return httpx.AsyncHTTPTransport(verify=is_tls, limits=LIMITS, uds=address.uds, proxy=address.proxy)
+    options = KEEPALIVE if address.uds is None else None
+    return httpx.AsyncHTTPTransport(
+        verify=is_tls, limits=LIMITS, uds=address.uds, proxy=address.proxy, socket_options=options
+    )

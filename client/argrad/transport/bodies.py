@@ -55,6 +55,7 @@ class Outgoing:
         headers: All of them, `Host` and `Content-Length` included.
         body: May be empty.
         timeouts: httpx's, in seconds: connect, read, write, pool.
+        target: Which of the client's addresses that is.
     """
 
     method: str
@@ -62,6 +63,7 @@ class Outgoing:
     headers: Sequence[tuple[bytes, bytes]]
     body: Upload
     timeouts: Mapping[str, float | None]
+    target: int = 0
 
     def head(self) -> bytes:
         """Request line and headers, as HTTP/1.1 writes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import platform
 import re
@@ -19,9 +20,11 @@ from pydantic import SecretStr
 from argrad._version import __version__
 from argrad.backend import Call
 from argrad.errors import ProblemError, ProtocolError
-from argrad.transport.address import parse_address
+from argrad.transport.address import Address, parse_address
 from argrad.transport.bodies import Outgoing, Upload
-from argrad.transport.exchange import Answer, Clock, Deadline, RetryBudget, RetryPolicy, Steps, exchange
+from argrad.transport.exchange import Answer, Deadline, Steps, exchange
+from argrad.transport.retries import Clock, RetryBudget, RetryPolicy
+from argrad.transport.targets import Target, Targets
 from argrad.transport.tracing import traceparent
 from argrad.wire import (
     IDENTITY,
@@ -39,7 +42,9 @@ from argrad.wire.messages import Message, RegisterRequest, TensorMap
 
 M = TypeVar("M", bound=Message)
 
-_CONNECT_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 4.0
+"""The kernel asks at 0, 1 and 3 s; an address from which nothing comes back is tried again, or passed over."""
+
 _MAX_REPLY_HEADER_BYTES = 1 << 28
 _MAX_RELEASED = 4096
 _MAX_RELEASED_PER_CALL = 32
@@ -47,6 +52,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 _KEY = re.compile(r"[\x21-\x7e]+")
 _TENSOR_TYPE = SAFETENSORS.encode("ascii")
 _TABLE_TIMEOUT_S = 30.0
+_ROUTES = ("solve", "vjp", "jvp", "solvers")
 
 Compression = Literal["zstd"]
 Header = tuple[bytes, bytes]
@@ -57,7 +63,7 @@ class HttpOptions:
     """How a service is called.
 
     Args:
-        url: Of the service: `http://…`, `https://…`, or `http+unix:///path/of/socket`.
+        urls: Of the service: `http://…`, `https://…`, or `http+unix:///path/of/socket`; several replicas of one.
         api_key: Sent as `Authorization: Bearer`. Never shown; pickled with the rest, because workers need it.
         policy: Retries.
         clock: Monotonic seconds; tests bring their own.
@@ -68,7 +74,7 @@ class HttpOptions:
         MissingExtraError: what compresses is not installed.
     """
 
-    url: str
+    urls: Sequence[str]
     api_key: SecretStr | None = None
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     clock: Clock = time.monotonic
@@ -81,6 +87,37 @@ class HttpOptions:
             raise ProblemError("api_key", "nothing, or what a header cannot carry", "visible ASCII characters")
 
 
+@dataclass(eq=False)
+class _Route:
+    """What calls to one address have in common.
+
+    Args:
+        address: Where.
+        headers: Of every request.
+        urls: By route.
+        released: States kept there that nobody needs any more.
+    """
+
+    address: Address
+    headers: list[Header]
+    urls: dict[str, httpx.URL]
+    released: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=_MAX_RELEASED))
+
+    def url(self, path: str) -> httpx.URL:
+        """URL of a route, such as `solve`."""
+        return self.urls.get(path) or self.address.join(f"/v1/{path}")
+
+    def take_released(self) -> list[Header]:
+        """A header with some of them, which are then forgotten."""
+        taken: list[str] = []
+        while self.released and len(taken) < _MAX_RELEASED_PER_CALL:
+            try:
+                taken.append(self.released.popleft())
+            except IndexError:  # another thread took the last one
+                break
+        return [(b"Argrad-Release", ",".join(taken).encode("ascii"))] if taken else []
+
+
 class HttpCalls:
     """Prepares calls and reads replies; whoever sends them is elsewhere.
 
@@ -90,26 +127,45 @@ class HttpCalls:
 
     def __init__(self, options: HttpOptions) -> None:
         self.options = options
-        self.address = parse_address(options.url)
+        self.addresses = [parse_address(url) for url in options.urls]
         self.accepted = options.compression or IDENTITY
-        self._urls = {name: self.address.join(f"/v1/{name}") for name in ("solve", "vjp", "jvp", "solvers")}
-        self._headers = self._fixed_headers()
-        self._budget = RetryBudget()
-        self._released: collections.deque[str] = collections.deque(maxlen=_MAX_RELEASED)
+        self._targets = Targets(self.addresses, options.clock)
+        self._routes = [self._route(address) for address in self.addresses]
+        self._budget = RetryBudget(options.clock)
+        self._owners: collections.OrderedDict[str, int] = collections.OrderedDict()
 
-    def _fixed_headers(self) -> list[Header]:
+    def _route(self, address: Address) -> _Route:
         headers = [
-            (b"Host", self.address.base.netloc),
+            (b"Host", address.base.netloc),
             (b"Accept-Encoding", self.accepted.encode()),
             (b"User-Agent", f"argrad/{__version__} python/{platform.python_version()}".encode()),
         ]
         if self.options.api_key is not None:
             headers.append((b"Authorization", b"Bearer " + self.options.api_key.get_secret_value().encode()))
-        return headers
+        return _Route(address, headers, {name: address.join(f"/v1/{name}") for name in _ROUTES})
 
     def release(self, states: Sequence[str]) -> None:
-        """Note states that nobody needs any more; they ride on the next call. Safe in finalisers."""
-        self._released.extend(states)
+        """Note states that nobody needs any more; they ride on the next call to the address that keeps them."""
+        if len(self._routes) == 1:
+            self._routes[0].released.extend(states)
+            return
+        for state in states:
+            owner = self._owners.pop(state, None)
+            if owner is not None:
+                self._routes[owner].released.append(state)
+
+    def note(self, state: str | None, answer: Answer) -> None:
+        """Remember which address keeps a state; of one that is forgotten the release goes nowhere.
+
+        Args:
+            state: Its token, if there is one.
+            answer: The reply that it came in.
+        """
+        if state is not None and len(self._routes) > 1:
+            self._owners[state] = answer.target
+            if len(self._owners) > _MAX_RELEASED:
+                with contextlib.suppress(KeyError):  # another thread took the last one
+                    self._owners.popitem(last=False)
 
     def post(self, name: str, message: Message, tensors: TensorMap, call: Call) -> Steps:
         """Steps of POST /v1/{name}; the body is written, and compressed, here and once.
@@ -120,14 +176,13 @@ class HttpCalls:
             tensors: Its tensors; those on a GPU are copied to the host.
             call: Deadline and identifiers.
         """
-        return self._send("POST", self._urls[name], message, tensors, call)
+        return self._send("POST", name, message, tensors, call)
 
     def put(self, request: RegisterRequest, tensors: TensorMap, call: Call) -> Steps:
         """Steps of PUT /v1/problems/{sha256}."""
-        url = self.address.join(f"/v1/problems/{request.problem.registered}")
-        return self._send("PUT", url, request, tensors, call)
+        return self._send("PUT", f"problems/{request.problem.registered}", request, tensors, call)
 
-    def _send(self, method: str, url: httpx.URL, message: Message, tensors: TensorMap, call: Call) -> Steps:
+    def _send(self, method: str, path: str, message: Message, tensors: TensorMap, call: Call) -> Steps:
         deadline = Deadline(call.timeout_s, self.options.clock)
         buffers: Sequence[bytes | memoryview] = encode(message, tensors, SAFETENSORS)
         headers = [(b"Content-Type", _TENSOR_TYPE), (b"Accept", _TENSOR_TYPE)]
@@ -139,48 +194,47 @@ class HttpCalls:
         headers.append((b"Content-Length", b"%d" % encoded_size(buffers)))
         if call.affinity is not None:
             headers.append((b"Argrad-Affinity", _identifier("affinity", call.affinity)))
-        return self._steps(method, url, headers, buffers, call, deadline)
+        return self._steps(method, path, headers, buffers, call, deadline)
 
     def get(self, name: str) -> Steps:
         """Steps of GET /v1/{name}, which takes no solving."""
         deadline = Deadline(_TABLE_TIMEOUT_S, self.options.clock)
-        return self._steps("GET", self._urls[name], [(b"Accept", b"application/json")], [], Call(), deadline)
+        return self._steps("GET", name, [(b"Accept", b"application/json")], [], Call(), deadline)
 
     def _steps(
         self,
         method: str,
-        url: httpx.URL,
+        path: str,
         headers: list[Header],
         buffers: Sequence[bytes | memoryview],
         call: Call,
         deadline: Deadline,
     ) -> Steps:
         request_id = call.request_id if call.request_id is not None else secrets.token_hex(8)
-        common = [*self._headers, *headers, (b"X-Request-ID", _identifier("request_id", request_id))]
+        headers.append((b"X-Request-ID", _identifier("request_id", request_id)))
         if parent := traceparent():
-            common.append((b"traceparent", parent))
-        if released := self._take_released():
-            common.append((b"Argrad-Release", ",".join(released).encode("ascii")))
+            headers.append((b"traceparent", parent))
         upload = Upload(buffers, encoded_size(buffers), deadline)
+        complete: dict[int, list[Header]] = {}
 
-        def request(remaining_s: float | None) -> Outgoing:
-            timed = common
+        def request(target: Target, remaining_s: float | None) -> Outgoing:
+            i = target.index
+            route = self._routes[i]
+            if i not in complete:
+                complete[i] = [*route.headers, *headers, *route.take_released()]
+            timed = complete[i]
             if remaining_s is not None:
-                timed = [*common, (b"Argrad-Timeout-Ms", b"%d" % max(1, math.ceil(1e3 * remaining_s)))]
-            return Outgoing(method, url, timed, upload, _timeouts(remaining_s))
+                timed = [*timed, (b"Argrad-Timeout-Ms", b"%d" % max(1, math.ceil(1e3 * remaining_s)))]
+            return Outgoing(method, route.url(path), timed, upload, _timeouts(remaining_s), i)
 
         return exchange(
-            request, where=self.options.url, deadline=deadline, policy=self.options.policy, budget=self._budget
+            request,
+            affinity=call.affinity,
+            targets=self._targets,
+            deadline=deadline,
+            policy=self.options.policy,
+            budget=self._budget,
         )
-
-    def _take_released(self) -> list[str]:
-        taken: list[str] = []
-        while self._released and len(taken) < _MAX_RELEASED_PER_CALL:
-            try:
-                taken.append(self._released.popleft())
-            except IndexError:  # another thread took the last one
-                break
-        return taken
 
 
 def read_reply(model: type[M], answer: Answer) -> tuple[M, TensorMap]:

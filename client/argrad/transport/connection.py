@@ -7,6 +7,7 @@ of a reply and chunked bodies; a body of known length is received straight into 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -27,6 +28,23 @@ _MOST_BUFFERS = min(os.sysconf("SC_IOV_MAX"), 512) if "SC_IOV_MAX" in os.sysconf
 _LEAST_WAIT_S = 1e-3  # 0 would mean: do not wait
 _SMALL_BYTES = 64 * 1024
 """A request up to here is one write: two would wake the service twice."""
+
+_VANISHED_S = 30
+"""Seconds after which a peer that acknowledges nothing is taken to be gone: no power, or no line."""
+
+
+def _keepalive() -> list[tuple[int, int, int]]:
+    """Socket options by which the kernel notices a peer that vanished while a call waits, where it can."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    seconds = {"TCP_KEEPIDLE": _VANISHED_S // 2, "TCP_KEEPINTVL": _VANISHED_S // 6, "TCP_KEEPCNT": 3}
+    milliseconds = {"TCP_USER_TIMEOUT": 1000 * _VANISHED_S}
+    for name, value in (seconds | milliseconds).items():
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options
+
+
+KEEPALIVE = _keepalive()
 
 
 class _Head:
@@ -207,6 +225,8 @@ def _connect(address: Address, context: ssl.SSLContext | None, timeout_s: float 
     plain = socket.create_connection((host, port), timeout_s)
     try:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in KEEPALIVE:
+            plain.setsockopt(*option)
         return plain if context is None else context.wrap_socket(plain, server_hostname=host)
     except BaseException:
         plain.close()
@@ -235,6 +255,8 @@ def _mapped(error: type[httpx.TransportError], timeout: type[httpx.TransportErro
     try:
         yield
     except TimeoutError as caught:
+        if caught.errno == errno.ETIMEDOUT:  # the kernel's, of a peer that vanished, and not ours
+            raise error(str(caught)) from caught
         raise timeout(str(caught) or "timed out") from caught
     except (OSError, ssl.SSLError) as caught:
         raise error(str(caught)) from caught

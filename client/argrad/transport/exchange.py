@@ -6,16 +6,25 @@ the `Answer`, or has httpx's exception thrown into it; it returns the answer of 
 
 from __future__ import annotations
 
+import logging
 import random
-import threading
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import httpx
 
-from argrad.errors import ArgradError, DeadlineExceededError, OverloadedError, UnavailableError
+from argrad.errors import (
+    ArgradError,
+    ConnectionFailedError,
+    DeadlineExceededError,
+    OverloadedError,
+    ServiceError,
+    UnavailableError,
+)
 from argrad.transport.failures import TRANSIENT, failure_from_httpx, failure_from_reply
+from argrad.transport.retries import Clock, RetryBudget, RetryPolicy
+from argrad.transport.targets import Target, Targets
 
 if TYPE_CHECKING:
     from argrad.transport.bodies import Outgoing
@@ -24,7 +33,10 @@ E = TypeVar("E")
 R = TypeVar("R")
 T = TypeVar("T")
 
-Clock = Callable[[], float]
+_LOG = logging.getLogger("argrad")
+_SAYS_AFTER_S = 2.0
+_ASKS_AGAIN_S = (0.05, 0.2)
+"""How long who finds the budget of retries empty waits before looking again."""
 
 
 class Deadline:
@@ -36,71 +48,25 @@ class Deadline:
     """
 
     def __init__(self, timeout_s: float | None, clock: Clock) -> None:
-        self.timeout_s, self._clock = timeout_s, clock
-        self._end = None if timeout_s is None else clock() + timeout_s
+        self.timeout_s, self._clock, self._began = timeout_s, clock, clock()
+        self._end = None if timeout_s is None else self._began + timeout_s
+
+    def elapsed(self) -> float:
+        """Seconds since the call began."""
+        return self._clock() - self._began
 
     def remaining(self) -> float | None:
         """Seconds left, not below zero; None without a limit."""
         return None if self._end is None else max(0.0, self._end - self._clock())
 
-    def check(self, why: BaseException | None = None) -> None:
+    def check(self) -> None:
         """Raise once the moment has passed.
 
         Raises:
-            DeadlineExceededError: it has; `why` becomes its cause.
+            DeadlineExceededError: it has.
         """
         if self.remaining() == 0.0:
-            raise DeadlineExceededError(f"no result within {self.timeout_s:g} s") from why
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetryPolicy:
-    """When to try again, and how long to wait before.
-
-    Args:
-        retries: Further attempts after the first.
-        first_delay_s: Wait before the first retry; doubles with each, and is then drawn from its upper half.
-        max_delay_s: Bound on that wait; a longer Retry-After is honoured all the same.
-    """
-
-    retries: int = 5
-    first_delay_s: float = 0.1
-    max_delay_s: float = 5.0
-
-    def delay(self, attempt: int, retry_after_s: float | None) -> float:
-        """Seconds to wait after attempt number `attempt`, counted from zero."""
-        longest = min(self.max_delay_s, self.first_delay_s * 2.0**attempt)
-        drawn = longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
-        return drawn if retry_after_s is None else retry_after_s + drawn * 0.1
-
-
-class RetryBudget:
-    """Bounds the retries of all calls together, so that a service in trouble is not asked twice as often.
-
-    Each retry costs one; each call that succeeds earns a tenth.
-
-    Args:
-        capacity: Retries that may follow each other while nothing succeeds.
-    """
-
-    _EARNED = 0.1
-
-    def __init__(self, capacity: float = 20.0) -> None:
-        self._capacity = self._left = capacity
-        self._lock = threading.Lock()
-
-    def take(self) -> bool:
-        """Pay for one retry; False if the budget is spent."""
-        with self._lock:
-            if self._left < 1.0:
-                return False
-            self._left -= 1.0
-            return True
-
-    def earn(self) -> None:
-        """Note that a call succeeded."""
-        with self._lock:
-            self._left = min(self._capacity, self._left + self._EARNED)
+            raise DeadlineExceededError(f"no result within {self.timeout_s:g} s")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,33 +84,61 @@ class Pause:
     seconds: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Answer:
-    """A reply, read to its end."""
+    """A reply, read to its end, and which of the client's addresses it came from."""
 
     status_code: int
     headers: Mapping[str, str]
     body: bytes | bytearray | memoryview
+    target: int = 0
 
 
 Steps = Generator[Send | Pause, Answer | None, Answer]
 
 
+@dataclass(eq=False)
+class _Round:
+    """One attempt at every address that may be well, and what came of it.
+
+    Args:
+        number: Counted from zero.
+        is_paid: Whether the budget of retries paid for it.
+        tried: Addresses.
+        retry_after_s: The soonest moment that any of them named.
+    """
+
+    number: int = 0
+    is_paid: bool = False
+    tried: list[Target] = field(default_factory=list)
+    retry_after_s: float | None = None
+
+    def note(self, target: Target, failure: ArgradError) -> None:
+        """Note that an address failed."""
+        self.tried.append(target)
+        named = failure.retry_after_s if isinstance(failure, ServiceError) else None
+        if named is not None:
+            self.retry_after_s = named if self.retry_after_s is None else min(named, self.retry_after_s)
+
+
 def exchange(
-    request: Callable[[float | None], Outgoing],
+    request: Callable[[Target, float | None], Outgoing],
     *,
-    where: str,
+    affinity: str | None,
+    targets: Targets,
     deadline: Deadline,
     policy: RetryPolicy,
     budget: RetryBudget,
 ) -> Steps:
     """Make one call: attempts until one succeeds, all under one deadline.
 
-    Tried again: connection errors, replies that were cut off, 429 and 503 (and a proxy's 502). Never: anything else.
+    Tried again: connection errors, replies that were cut off, 429 and 503 (and a proxy's 502), at the next address at
+    once, and at all of them again after a pause. Never: anything else.
 
     Args:
-        request: Builds the request of one attempt, given the seconds that are left.
-        where: Address of the service, for messages.
+        request: Builds the request of one attempt, given where it goes and the seconds that are left.
+        affinity: Ranks the addresses.
+        targets: The addresses.
         deadline: Of the whole call.
         policy: How often to retry, and when.
         budget: Shared by all calls of a client.
@@ -152,28 +146,74 @@ def exchange(
     Raises:
         ArgradError: the failure of the last attempt.
     """
+    ranked = targets.ranked(affinity)
+    now = _Round()
     failure: ArgradError | None = None
-    for attempt in range(policy.retries + 1):
-        deadline.check(failure)
+    while True:
+        if failure is not None and deadline.remaining() == 0.0:
+            raise failure
+        deadline.check()
+        target = targets.choose(ranked, now.tried)
+        if target is None:
+            now = yield from _wait(now, cast("ArgradError", failure), targets, deadline, policy, budget)
+            continue
         try:
-            answer = cast("Answer", (yield Send(request(deadline.remaining()), deadline)))
+            answer = cast("Answer", (yield Send(request(target, deadline.remaining()), deadline)))
         except httpx.HTTPError as error:
-            failure = failure_from_httpx(error, where)
+            failure = failure_from_httpx(error, target.where)
             failure.__cause__ = error
-            is_transient = isinstance(error, TRANSIENT)
+            if not isinstance(error, TRANSIENT):
+                raise failure from error
+            targets.failed(target, is_silent=isinstance(error, httpx.ConnectTimeout))
         else:
             if answer.status_code in (200, 201):
-                budget.earn()
+                targets.answered(target)
+                budget.answered(is_paid=now.is_paid)
+                answer.target = target.index
                 return answer
             failure = failure_from_reply(answer.status_code, answer.headers, answer.body)
-            is_transient = isinstance(failure, OverloadedError | UnavailableError)
-        delay = policy.delay(attempt, getattr(failure, "retry_after_s", None))
-        remaining = deadline.remaining()
-        is_in_time = remaining is None or delay < remaining
-        if not (is_transient and attempt < policy.retries and is_in_time and budget.take()):
-            raise failure
-        yield Pause(delay)
-    raise AssertionError("the last attempt returns or raises")
+            if isinstance(failure, UnavailableError):
+                target.has_answered = True
+                targets.failed(target, rest_s=failure.retry_after_s)
+            else:
+                targets.answered(target)
+                if not isinstance(failure, OverloadedError):
+                    raise failure
+        now.note(target, failure)
+
+
+def _wait(
+    past: _Round, failure: ArgradError, targets: Targets, deadline: Deadline, policy: RetryPolicy, budget: RetryBudget
+) -> Generator[Pause, object, _Round]:
+    """Pause until the next round of attempts.
+
+    Raises:
+        ArgradError: the failure, where there is to be no other round.
+    """
+    elapsed_s = deadline.elapsed()
+    if past.number:
+        failure.add_note(f"so it was after {past.number + 1} rounds of attempts, {elapsed_s:.1f} s after the first")
+    is_unknown = isinstance(failure, ConnectionFailedError) and not targets.have_answered
+    if is_unknown and elapsed_s >= policy.first_contact_s:
+        raise failure
+    if policy.retries is not None and past.number >= policy.retries:
+        raise failure
+    if elapsed_s >= _SAYS_AFTER_S and budget.may_say():
+        limit = "as long as it takes" if deadline.timeout_s is None else f"for {deadline.remaining():.0f} s more"
+        _LOG.warning("a call waits for the service, %s: %s", limit, failure)
+    yield _pause(policy.delay(past.number, past.retry_after_s), deadline, failure)
+    # A service that names the moment to come back has room then: that costs nothing.
+    is_paid = past.retry_after_s is None
+    while is_paid and not budget.take():
+        yield _pause(random.uniform(*_ASKS_AGAIN_S), deadline, failure)  # noqa: S311 - jitter, not a secret
+    return _Round(past.number + 1, is_paid)
+
+
+def _pause(seconds: float, deadline: Deadline, failure: ArgradError) -> Pause:
+    remaining = deadline.remaining()
+    if remaining is not None and seconds >= remaining:
+        raise failure
+    return Pause(seconds)
 
 
 def drive(steps: Generator[E, R, T], perform: Callable[[E], R], failures: tuple[type[Exception], ...]) -> T:

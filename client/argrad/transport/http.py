@@ -15,8 +15,10 @@ from typing import Any, cast
 import httpx
 
 from argrad.backend import Call
+from argrad.transport.address import Address
 from argrad.transport.bodies import Download, decoded
 from argrad.transport.calls import HttpCalls, HttpOptions, read_document, read_reply
+from argrad.transport.connection import KEEPALIVE
 from argrad.transport.exchange import Answer, Pause, Send, Steps, drive
 from argrad.transport.pool import LIMITS, Pool
 from argrad.wire.messages import (
@@ -54,19 +56,23 @@ class HttpBackend:
 
     def _open(self) -> None:
         self._calls = HttpCalls(self._options)
-        self._transport = self._given or _pool(self._calls)
+        given = self._given
+        self._transports = [_pool(address) if given is None else given for address in self._calls.addresses]
         self._pid = os.getpid()
 
     def _current(self) -> HttpCalls:
         if self._pid != os.getpid():
-            # The parent's pool is kept, unused: closing its sockets here could disturb the parent's connections.
-            self._parent = self._transport
+            # The parent's pools are kept, unused: closing their sockets here could disturb the parent's connections.
+            self._parents = self._transports
             self._open()
         return self._calls
 
     def solve(self, request: SolveRequest, tensors: TensorMap, call: Call) -> tuple[SolveReply, TensorMap]:
         """POST /v1/solve."""
-        return read_reply(SolveReply, self._post("solve", request, tensors, call))
+        answer = self._post("solve", request, tensors, call)
+        reply, out = read_reply(SolveReply, answer)
+        self._calls.note(reply.state, answer)
+        return reply, out
 
     def vjp(self, request: VjpRequest, tensors: TensorMap, call: Call) -> tuple[VjpReply, TensorMap]:
         """POST /v1/vjp."""
@@ -92,18 +98,20 @@ class HttpBackend:
     def close(self) -> None:
         """Close the connections."""
         self._current()
-        self._transport.close()
+        for transport in self._transports:
+            transport.close()
 
     def __del__(self) -> None:
         # A layer's own client is nobody's to close. What was given is the giver's; a forked child's is the parent's.
         if getattr(self, "_pid", None) == os.getpid() and self._given is None:
-            self._transport.close()
+            for transport in self._transports:
+                transport.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._options, self._given, self._sleep)
 
     def __repr__(self) -> str:
-        return f"HttpBackend({self._options.url!r})"
+        return f"HttpBackend({', '.join(self._options.urls)!r})"
 
     def _post(self, name: str, request: Message, tensors: TensorMap, call: Call) -> Answer:
         return self._run(self._current().post(name, request, tensors, call))
@@ -118,9 +126,10 @@ class HttpBackend:
         return decoded(self._send(effect), self._calls.accepted)
 
     def _send(self, effect: Send) -> Answer:
-        if isinstance(self._transport, Pool):
-            return self._transport.exchange(effect.request, effect.deadline)
-        response = self._transport.handle_request(effect.request.as_httpx())
+        transport = self._transports[effect.request.target]
+        if isinstance(transport, Pool):
+            return transport.exchange(effect.request, effect.deadline)
+        response = transport.handle_request(effect.request.as_httpx())
         try:
             download = Download(response.headers, effect.deadline)
             for piece in cast("httpx.SyncByteStream", response.stream):
@@ -136,8 +145,7 @@ def _rebuild(
     return HttpBackend(options, transport=transport, sleep=sleep)
 
 
-def _pool(calls: HttpCalls) -> httpx.BaseTransport | Pool:
-    address = calls.address
+def _pool(address: Address) -> httpx.BaseTransport | Pool:
     if address.proxy is None:
         return Pool(address)
-    return httpx.HTTPTransport(proxy=address.proxy, limits=LIMITS)
+    return httpx.HTTPTransport(proxy=address.proxy, limits=LIMITS, socket_options=KEEPALIVE)
