@@ -14,7 +14,7 @@ from torch import Tensor
 from argrad_service.engine.active_set import Rows
 from argrad_service.engine.data import Data, Residuals
 from argrad_service.engine.kernels import batch as kernels
-from argrad_service.engine.kernels.active_set import NOT_DEFINITE
+from argrad_service.engine.kernels.active_set import NOT_DEFINITE, SOLVED, UNDECIDED
 from argrad_service.engine.kernels.lapack import LETTERS, Lapack, load
 from argrad_service.engine.kernels.pool import blas_for, over_batch
 from argrad_service.engine.options import ShouldStop, never_stop
@@ -128,6 +128,10 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
 
         whitening = 0.0 if ready is not None else r * n * n + r * r * n
         over_batch(run, batch, work=n**3 / 3 + whitening + 1e3, should_stop=should_stop)
+        # Every comparison with NaN is false: what overflowed would pass as solved.
+        if not (np.isfinite(report).all() and np.isfinite(z).all()):
+            overflowed = ~(np.isfinite(report).all(axis=1) & np.isfinite(z).all(axis=1))
+            code[overflowed & (code == SOLVED)] = UNDECIDED
         if ready is None and prepared is not None and not (code == NOT_DEFINITE).any():
             prepared.keep(_WHITENED, sources, (L, X, scale, gram))
     return Solved(
