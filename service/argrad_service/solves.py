@@ -21,7 +21,7 @@ from argrad_service.kept import Kept
 from argrad_service.registered import Named
 from argrad_service.scheduling import Budget, Unfinished
 from argrad_service.state import StateStore
-from argrad_service.working import Engine, Timings, options_of, stage
+from argrad_service.working import Engine, OutOfMemory, Timings, options_of, stage
 
 Answer = tuple[SolveReply, TensorMap]
 
@@ -110,9 +110,20 @@ class Solve:
         return self if most <= 1 else SplitSolve(self, max(1, int(self.lot.count / most)))
 
     def __call__(self, should_stop: ShouldStop, timings: Timings) -> Answer:
-        """Solve, differentiate if asked, and answer."""
-        with stage(timings, "solve"):
-            forward = self.solve(self.form.problem, self.start, should_stop)
+        """Solve, differentiate if asked, and answer; where memory runs out, once more in two halves.
+
+        Raises:
+            OutOfMemory: it does not suffice for half of the problems either, or there is one alone.
+        """
+        forward: Outcome | None = None
+        try:
+            with stage(timings, "solve"):
+                forward = self.solve(self.form.problem, self.start, should_stop)
+        except OutOfMemory:
+            if self.lot is None or self.lot.count == 1 or self.request.deterministic:
+                raise
+        if forward is None:  # not in the clause above: its exception holds on to what the attempt had in memory
+            forward = SplitSolve(self, -(-(self.form.batch_size or 1) // 2)).finish(should_stop, timings)
         return self.answer(forward, timings)
 
     def solve(self, problem: QP, start: Solution | None, should_stop: ShouldStop) -> Outcome:
@@ -183,9 +194,24 @@ class SplitSolve:
         Raises:
             Unfinished: there are more slices.
         """
+        self._next(should_stop, timings)
+        if self._start < self._batch:
+            raise Unfinished
+        return self._whole.answer(self._joined(), timings)
+
+    def finish(self, should_stop: ShouldStop, timings: Timings) -> Outcome:
+        """Solve every slice in this turn."""
+        while self._start < self._batch:
+            self._next(should_stop, timings)
+        return self._joined()
+
+    @property
+    def _batch(self) -> int:
+        return self._whole.form.problem.batch_size or 1
+
+    def _next(self, should_stop: ShouldStop, timings: Timings) -> None:
         whole, problem = self._whole, self._whole.form.problem
-        batch = problem.batch_size or 1
-        rows = slice(self._start, min(self._start + self._size, batch))
+        rows = slice(self._start, min(self._start + self._size, self._batch))
         parameters = {
             name: t[rows] if t.ndim > len(DIMENSIONS[name]) else t for name, t in problem.parameters().items()
         }
@@ -194,8 +220,7 @@ class SplitSolve:
         with stage(timings, "solve"):
             self._outcomes.append(whole.solve(QP.of_checked(parameters), warm, should_stop))
         self._start = rows.stop
-        if self._start < batch:
-            raise Unfinished
-        forward = of_slices(self._outcomes, problem)
-        self._outcomes = []
-        return whole.answer(forward, timings)
+
+    def _joined(self) -> Outcome:
+        outcomes, self._outcomes = self._outcomes, []
+        return of_slices(outcomes, self._whole.form.problem)

@@ -82,6 +82,10 @@ class Engine(Protocol):
         ...
 
 
+class OutOfMemory(TooLarge):
+    """The memory that there is does not suffice for this work; for less of it, it may."""
+
+
 def options_of(solver: SolverDocument, should_stop: ShouldStop) -> SolverOptions:
     """What a document asks of a solver."""
     return SolverOptions(
@@ -99,5 +103,7 @@ def stage(timings: Timings, name: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
-        raise TooLarge("memory of the device", "less than this call needs", "fewer or smaller problems") from None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what torch keeps for the next call is in the way of the next attempt
+        raise OutOfMemory("memory of the device", "less than this call needs", "fewer or smaller problems") from None
     timings[name] = timings.get(name, 0.0) + 1e3 * (time.perf_counter() - began)
