@@ -30,7 +30,7 @@ def fuzz_api(examples: int, seed: int, phases: Sequence[str] = PHASES) -> Tally:
     succeeds here, and `tests.fuzz.calls` what goes deeper.
     """
     tally, reached = Tally("openapi"), set[str]()
-    app = make_app(**LIMITS)
+    app = make_app(**LIMITS, allowed_hosts=["testserver"])  # what schemathesis calls it
     config = SchemathesisConfig.from_dict(
         {
             "seed": seed,

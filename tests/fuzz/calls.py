@@ -38,6 +38,9 @@ LIMITS: dict[str, Any] = {
 }
 PATHS = {"SolveRequest": "/v1/solve", "VjpRequest": "/v1/vjp", "JvpRequest": "/v1/jvp"}
 REPLIES: dict[str, type[Message]] = {"/v1/solve": SolveReply, "/v1/vjp": VjpReply, "/v1/jvp": JvpReply}
+ELSEWHERE = {400, 401, 403, 429}
+"""What a request may get for whose route there is no documented operation, besides 404 and 405."""
+
 PROBLEM = "application/problem+json"
 _TYPES = (
     JSON,
@@ -49,6 +52,8 @@ _TYPES = (
     "\xff",
 )
 _ACCEPTS = (JSON, SAFETENSORS, "*/*", "text/html", "application/*;q=0.5", "application/json;q=2", "a;q=\xff", "")
+_HOSTS = ("", "evil.example", "localhost:x", "[::1", "127.0.0.1:8000", "a@localhost", "\xff", "::" * 200, "127.1")
+_FROM_PAGES = (("origin", "https://evil.example"), ("origin", "null"), ("origin", ""), ("authorization", "Bearer \xff"))
 _MILLISECONDS = ("1", "0.001", "5000", "-1", "nan", "inf", "1e400", "٣", "")
 _LENGTHS = ("0", "1", "7", "1000000000", "99999999999999999999", "-1", "+5", "1_0", "١", "")
 _OTHERS = (
@@ -162,7 +167,7 @@ async def _one(
         return
     tally.slowest_s = max(tally.slowest_s, time.perf_counter() - began)
     tally.outcomes[str(answer.status)] += 1
-    wrong = judge(answer, documented.get((call.method, _template(call.path)), set()) | {404, 405, 499}, types)
+    wrong = judge(answer, documented.get((call.method, _template(call.path)), ELSEWHERE) | {404, 405, 499}, types)
     if wrong is None and answer.status == 200 and call.path in REPLIES:
         wrong = maker.learn(call, answer)
     if wrong is not None:
@@ -272,7 +277,9 @@ class _Maker:
 
     def _headers(self, seed: Seed) -> list[tuple[str, str]]:
         random = self._random
-        headers = [("host", "localhost")]
+        headers = [("host", "localhost" if random.random() < 0.97 else random.choice(_HOSTS))]
+        if random.random() < 0.03:
+            headers.append(random.choice(_FROM_PAGES))
         headers.append(("content-type", seed.content_type if random.random() < 0.93 else random.choice(_TYPES)))
         if random.random() < 0.3:
             headers.append(("accept", random.choice(_ACCEPTS)))

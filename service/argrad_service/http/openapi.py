@@ -21,6 +21,7 @@ from argrad.wire.messages import (
     VjpRequest,
 )
 from argrad_service.http import examples
+from argrad_service.http.guard import OPEN
 from argrad_service.http.problems import CONTENT_TYPE, INTERNAL, KINDS, Kind
 
 _REF = "#/components/schemas/{model}"
@@ -93,6 +94,13 @@ _HEADERS = [
         "description": "Comes back in the reply and stands in the log.",
     },
 ]
+
+
+_KEY = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "An API key, where the service has any; without keys it listens on loopback alone.",
+}
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -217,8 +225,21 @@ def document(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = schema.setdefault("components", {}).setdefault("schemas", {})
         schemas |= _schemas()
+        schema["components"]["securitySchemes"] = {"key": _KEY}
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                _guard(operation, is_open=path in OPEN)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _guard(operation: dict[str, Any], *, is_open: bool) -> None:
+    """Add what may become of a request before its route is looked for."""
+    if not is_open:
+        operation["security"] = [{"key": []}, {}]
+    guarded = _errors(400, 403) if is_open else _errors(400, 401, 403, 429)
+    own = operation["responses"]
+    operation["responses"] = dict(sorted((own | {str(s): r for s, r in guarded.items() if str(s) not in own}).items()))
 
 
 def _schemas() -> dict[str, Any]:
