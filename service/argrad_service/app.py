@@ -153,7 +153,7 @@ def create_app(
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.readiness, app.state.keyring = readiness, keyring
+    app.state.readiness, app.state.keyring, app.state.doors = readiness, keyring, exchange.doors
     app.state.rates = rates
     add_routes(app, exchange, registrations, readiness, metrics)
     around: dict[str, Any] = {

@@ -7,28 +7,38 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
-import stat
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from argrad._version import __version__
 from argrad.errors import ArgradError
 from argrad_service import engine as default_engine
 from argrad_service.app import choose_device, create_app
+from argrad_service.http.doors import Doors
 from argrad_service.http.health import Readiness
+from argrad_service.http.keys import reload_keys
 from argrad_service.http.logs import Forwarded, Logger, make_logger
 from argrad_service.http.protocol import GuardedProtocol
+from argrad_service.keyring import Keyring
+from argrad_service.listening import ServeError, allow_files, listening
 from argrad_service.settings import Settings, default_text, flag, load_settings, variable
 from argrad_service.working import Engine
 
 _BACKLOG = 2048
+_FLUSH_S = 2
+"""Seconds in which callers that were handed back take their reply; then their connections are broken."""
+_FORCED_S = 0.5
+"""Seconds that the application has to end after a second signal."""
+_OTHER_FILES = 256
+"""Files that are open beside connections."""
 
 PROCESS_ENVIRONMENT = {
     # Large bodies and solver work come and go: keep their pages instead of faulting them in for every call.
@@ -39,10 +49,6 @@ PROCESS_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 """What must be in the environment before the process starts; what is set already is left alone."""
-
-
-class ServeError(ArgradError):
-    """The service cannot start; the message says why and what to do."""
 
 
 def serve_command(argv: Sequence[str]) -> int:
@@ -90,11 +96,16 @@ def serve(settings: Settings, engine: Engine = default_engine) -> None:
         torch.set_num_threads(settings.torch_threads)
     if not (settings.is_loopback or settings.has_keys):
         log.warning("no authentication", host=settings.host, advice="whoever reaches this address can use the service")
-    with _listening(settings) as (listener, address), _stdlib_logs(log):
+    allow_files(settings.max_connections + _OTHER_FILES, log)
+    with listening(settings) as (listeners, address), _stdlib_logs(log):
         app = create_app(settings, engine=engine, log=log)
         config = uvicorn.Config(
             app,
-            http=GuardedProtocol.with_timeout(settings.header_timeout_s),
+            http=GuardedProtocol.with_bounds(
+                header_timeout_s=settings.header_timeout_s,
+                reply_timeout_s=settings.reply_timeout_s,
+                max_connections=settings.max_connections,
+            ),
             loop="auto",
             lifespan="on",
             ws="none",
@@ -103,26 +114,38 @@ def serve(settings: Settings, engine: Engine = default_engine) -> None:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=settings.keep_alive_s,
-            timeout_graceful_shutdown=settings.shutdown_timeout_s,
+            timeout_graceful_shutdown=settings.shutdown_timeout_s + 2 * _FLUSH_S,
         )
         device = f"{choose_device(settings)}, {torch.get_num_threads()} threads"
         banner = f"argrad {__version__} on {address} ({device})"
         if settings.uds is None:
             banner += f"\n  documentation: {address}/docs"
-        _Server(config, app.state.readiness, settings.drain_delay_s, banner).run(sockets=[listener])
+        _Server(config, app, settings, banner, log).run(sockets=listeners)
 
 
 class _Server(uvicorn.Server):
-    """Says where it is, shows in readiness that it stops, and ends at once at a second signal of either kind."""
+    """Stops in steps: readiness turns false, admission ends, calls finish or are handed back. A second signal ends all.
 
-    def __init__(self, config: uvicorn.Config, readiness: Readiness, drain_delay_s: float, banner: str) -> None:
+    Args:
+        config: Of uvicorn.
+        app: Made by `create_app`.
+        settings: Say how long each step takes.
+        banner: Printed as soon as connections are accepted.
+        log: Told of the steps.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings, banner: str, log: Logger) -> None:
         super().__init__(config)
-        self._readiness, self._drain_delay_s, self._banner = readiness, drain_delay_s, banner
+        self._readiness: Readiness = app.state.readiness
+        self._doors: Doors = app.state.doors
+        self._keyring: Keyring | None = app.state.keyring
+        self._settings, self._banner, self._log = settings, banner, log
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then print the address: whoever waits for that line can connect."""
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         await super().startup(sockets)
         print(self._banner, flush=True)
 
@@ -130,74 +153,45 @@ class _Server(uvicorn.Server):
         """First signal: finish what is under way. Second: end."""
         if self._readiness.phase == "stopping":
             self.should_exit = self.force_exit = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._doors.hand_back)
             return
         self._readiness.phase = "stopping"
-        if self._loop is None or not self._drain_delay_s:
+        delay_s = self._settings.drain_delay_s
+        if self._loop is None or not delay_s:
             self.should_exit = True
         else:
-            self._loop.call_soon_threadsafe(self._loop.call_later, self._drain_delay_s, self._stop)
+            self._loop.call_soon_threadsafe(self._loop.call_later, delay_s, self._stop)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End admission, close the listeners and idle connections, and wait for the others, but not for ever."""
+        self._doors.close()
+        loop, finish_s = asyncio.get_running_loop(), self._settings.shutdown_timeout_s
+        timers = [
+            loop.call_later(finish_s, self._doors.hand_back),
+            loop.call_later(finish_s + _FLUSH_S, self._break_connections),
+        ]
+        try:
+            await super().shutdown(sockets)
+            if self.force_exit:  # uvicorn leaves the application out then, and its end would be a traceback
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.lifespan.shutdown(), _FORCED_S)
+        finally:
+            for timer in timers:
+                timer.cancel()
 
     def _stop(self) -> None:
         self.should_exit = True
 
+    def _break_connections(self) -> None:
+        """Break with callers that neither take their reply nor leave."""
+        for connection in list(self.server_state.connections):
+            transport: asyncio.Transport = connection.transport
+            transport.abort()
 
-@contextlib.contextmanager
-def _listening(settings: Settings) -> Iterator[tuple[socket.socket, str]]:
-    """A bound socket, and its address in words."""
-    if settings.uds is not None:
-        listener = _bind_unix(settings.uds)
-        address = f"unix:{settings.uds}"
-    else:
-        listener = _bind_tcp(settings.host, settings.port)
-        host, port = listener.getsockname()[:2]
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    try:
-        yield listener, address
-    finally:
-        listener.close()
-        if settings.uds is not None:
-            settings.uds.unlink(missing_ok=True)
-
-
-def _bind_tcp(host: str, port: int) -> socket.socket:
-    with contextlib.ExitStack() as undo:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, where = found[0]
-            listener = undo.enter_context(socket.socket(family, kind, protocol))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(where)
-        except OSError as error:
-            advice = f"choose another with {flag('host')} and {flag('port')}"
-            raise ServeError(f"cannot listen on {host}:{port} ({error.strerror}); {advice}") from None
-        undo.pop_all()
-        return listener
-
-
-def _bind_unix(path: Path) -> socket.socket:
-    """Bind a unix socket that only its owner can use, in the place of one that nobody serves any more."""
-    if path.exists():
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise ServeError(f"{path} exists and is no socket; choose another path with {flag('uds')}")
-        if _is_served(path):
-            raise ServeError(f"another process listens on {path}; choose another path with {flag('uds')}")
-        path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # The mode is the umask's at the moment of binding: chmod afterwards would leave a gap.
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    except OSError as error:
-        listener.close()
-        raise ServeError(f"cannot listen on {path}: {error.strerror}") from None
-    finally:
-        os.umask(before)
-    return listener
-
-
-def _is_served(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(str(path)) == 0
+    def _reload(self) -> None:
+        if self._keyring is not None:
+            reload_keys(self._keyring, self._log)
 
 
 @contextlib.contextmanager

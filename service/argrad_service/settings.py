@@ -165,6 +165,14 @@ class Settings(BaseSettings):
         10.0, description="Seconds that the head of a request may take, after which its connection is closed."
     )
     body_timeout_s: _Seconds = Field(60.0, description="Seconds that a request body may take, after which 408.")
+    reply_timeout_s: _Seconds = Field(
+        60.0, description="Seconds that a caller may take to receive a reply, after which its connection is broken."
+    )
+    max_connections: _Count = Field(
+        4096,
+        description="Connections that may be open; above it the one that has waited longest for a request is closed, "
+        "or, where all are busy, the new one, with 429.",
+    )
     drain_delay_s: float = Field(
         0.0,
         ge=0,
@@ -175,7 +183,8 @@ class Settings(BaseSettings):
     keep_alive_s: _Count = Field(120, description="Seconds for which an idle connection is kept.")
     shutdown_timeout_s: _Count = Field(
         30,
-        description="Seconds that calls under way have to finish after SIGTERM or SIGINT; a second signal ends them.",
+        description="Seconds that calls under way have to finish after the end of admission; those that have not are "
+        "handed back with 503. A second signal ends at once.",
     )
 
     state_budget_bytes: Annotated[ByteSize, Field(ge=0)] = Field(

@@ -58,7 +58,7 @@ def fuzz_framing(count: int, seed: int) -> Tally:
     """Open so many connections to a service of its own, and send each a stream that is not quite HTTP."""
     tally = Tally("framing")
     app = make_app(**(LIMITS | {"body_timeout_s": TIMEOUT_S}))
-    protocol = GuardedProtocol.with_timeout(10.0)
+    protocol = GuardedProtocol.with_bounds()
     options: dict[str, Any] = {"http": protocol, "timeout_keep_alive": TIMEOUT_S}
     with serving(app, **options) as url, tally.timed(), _errors_of_the_server() as errors:
         protocol.header_timeout_s = TIMEOUT_S  # not before: a first solve holds the event loop for longer

@@ -67,7 +67,7 @@ def log() -> io.StringIO:
 @pytest.fixture
 def url(slow: Slow, engine: HookedEngine, log: io.StringIO) -> Iterator[str]:
     """A server whose solves are slow from its first ready moment on; at most two calls wait."""
-    with serving(make_app(log, engine, max_queue=2), http=GuardedProtocol.with_timeout(0.3)) as url:
+    with serving(make_app(log, engine, max_queue=2), http=GuardedProtocol.with_bounds(header_timeout_s=0.3)) as url:
         engine.on_solve = slow
         yield url
         slow.released.set()

@@ -19,7 +19,8 @@ import torch
 
 from argrad.wire import SAFETENSORS, encode
 from argrad.wire.messages import SolveRequest
-from argrad_service.server import PROCESS_ENVIRONMENT, ServeError, _listening, serve, serve_command
+from argrad_service.listening import ServeError, listening
+from argrad_service.server import PROCESS_ENVIRONMENT, serve, serve_command
 from argrad_service.settings import Settings, flag, load_settings
 from tests.conftest import running_service
 from tests.service.support import D, simplex, wait_until
@@ -97,21 +98,21 @@ def test_readiness_turns_false_before_the_listener_closes_and_a_second_signal_en
 def test_a_unix_socket_is_its_owner_s_alone_and_replaces_a_stale_one(tmp_path: Path, free_environment: None):
     path = tmp_path / "argrad.sock"
     settings = load_settings(uds=path)
-    with _listening(settings) as (first, address):
+    with listening(settings) as ((first,), address):
         first.listen()
         assert address == f"unix:{path}"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        with pytest.raises(ServeError, match="another process listens on"), _listening(settings):
+        with pytest.raises(ServeError, match="another process listens on"), listening(settings):
             pass
     assert not path.exists()
-    with _listening(settings) as (stale, _):
+    with listening(settings) as ((stale,), _):
         os.link(path, tmp_path / "left")
         stale.close()
     os.rename(tmp_path / "left", path)
-    with _listening(settings) as (_, _):
+    with listening(settings) as (_, _):
         assert stat.S_ISSOCK(path.stat().st_mode)
     path.write_text("a file")
-    with pytest.raises(ServeError, match="exists and is no socket"), _listening(settings):
+    with pytest.raises(ServeError, match="exists and is no socket"), listening(settings):
         pass
     assert path.read_text() == "a file"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from argrad_service.http.logs import Logger
 from argrad_service.http.metrics import Metrics
 from argrad_service.http.problems import KINDS, BadRequest, Forbidden, Unauthorized, describe
 from argrad_service.http.record import Record
+from argrad_service.scheduling import Stopping
 
 if TYPE_CHECKING:
     from argrad_service.http.tracing import Tracing
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 REQUEST_ID = "X-Request-ID"
 _REQUEST_ID_BYTES = b"x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}", re.ASCII)
-_FIXED = (
+FIXED_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
     (b"x-frame-options", b"DENY"),
@@ -79,7 +81,7 @@ class Envelope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 # Nobody below sets these: appended, they are there once.
-                more = [(b"x-request-id", record.request_id.encode()), *_FIXED, *self._cors.headers(headers)]
+                more = [(b"x-request-id", record.request_id.encode()), *FIXED_HEADERS, *self._cors.headers(headers)]
                 if self._readiness.phase == "stopping":
                     more.append(_CLOSE)
                 if record.stages_ms:
@@ -88,11 +90,11 @@ class Envelope:
             await send(message)
 
         try:
-            if malformed is None:
-                serve = await self._gate(scope, headers, record)
-            else:
-                serve = _refusing(malformed, record)
+            serve = await self._gate(scope, headers, record, malformed)
             await serve(scope, receive, send_marked)
+        except asyncio.CancelledError:  # the event loop ends; nobody else cancels a request
+            if not status:
+                await _refusing(Stopping(), record)(scope, receive, send_marked)
         except Exception as error:
             self._log.error("defect", request_id=record.request_id, route=_route(scope), exc_info=error)
             if status:
@@ -101,8 +103,12 @@ class Envelope:
         finally:
             self._note(scope, status or CLIENT_CLOSED, record)
 
-    async def _gate(self, scope: Scope, headers: Mapping[bytes, bytes], record: Record) -> ASGIApp:
+    async def _gate(
+        self, scope: Scope, headers: Mapping[bytes, bytes], record: Record, malformed: BadRequest | None
+    ) -> ASGIApp:
         """Who answers: the application, or what has no need of it."""
+        if malformed is not None:
+            return _refusing(malformed, record)
         preflight = self._cors.preflight(scope["method"], headers)
         if preflight is not None:
             return preflight

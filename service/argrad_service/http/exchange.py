@@ -31,6 +31,7 @@ from argrad.wire.messages import SolveReply, TensorMap
 from argrad_service.engine.options import ShouldStop
 from argrad_service.http.body import INLINE_BYTES, Body, read_body
 from argrad_service.http.compressed import read_compressed
+from argrad_service.http.doors import Doors
 from argrad_service.http.phases import Phases
 from argrad_service.http.problems import BadRequest, BodyTooSlow
 from argrad_service.http.record import Record
@@ -72,6 +73,7 @@ class Exchange:
         pending: Counts calls and their bodies.
         codecs: Threads for large bodies.
         phases: Counts calls by where they are.
+        doors: Let them in.
     """
 
     settings: Settings
@@ -80,6 +82,7 @@ class Exchange:
     pending: Pending
     codecs: ThreadPoolExecutor
     phases: Phases = field(default_factory=Phases)
+    doors: Doors = field(default_factory=Doors)
 
     async def call(
         self, request: Request, model: type[Asked], prepare: Prepare[Asked, Reply], *, is_backward: bool
@@ -193,7 +196,9 @@ class Exchange:
     @contextlib.contextmanager
     def _counted(self) -> Iterator[Callable[[int], None]]:
         """Count the call, and its body as far as it is in memory, for as long as this is open."""
+        task = self.doors.enter()
         if not self.pending.enter():
+            self.doors.leave(task)
             message = f"{self.pending.calls} calls are in the house, the limit (ARGRAD_MAX_PENDING)"
             raise Overloaded(message, self.scheduler.retry_after_s())
         held = 0
@@ -207,8 +212,12 @@ class Exchange:
 
         try:
             yield reserve
+        except asyncio.CancelledError:
+            self.doors.check_cancelled(task)
+            raise
         finally:
             self.pending.leave(held)
+            self.doors.leave(task)
 
     async def _read(self, request: Request, source: str, deadline: float, reserve: Callable[[int], None]) -> Body:
         settings, headers = self.settings, request.headers

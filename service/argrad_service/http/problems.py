@@ -160,6 +160,8 @@ def describe(error: Exception) -> Problem:
         headers["WWW-Authenticate"] = 'Bearer realm="argrad"' + ', error="invalid_token"' * error.is_given
     if isinstance(error, Overloaded | RateLimited):
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Stopping):
+        headers["Retry-After"] = "1"
     if isinstance(error, BodyTooSlow):
         headers["Connection"] = "close"
     return Problem(kind, _cut(str(error)) or kind.title, members, headers)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import Any
+from typing import Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from argrad_service.http.envelope import REQUEST_ID
+from argrad_service.http.envelope import FIXED_HEADERS, REQUEST_ID
 from argrad_service.http.problems import BadRequest, describe
+from argrad_service.scheduling import Overloaded
 
 MAX_HEAD_BYTES = 64 * 1024
 """Longest head of a request; 256 released tokens take ten thousand."""
@@ -60,28 +61,60 @@ class OneWrite:
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """Closes a connection whose request head takes too long or is too long; idle ones are uvicorn's own matter."""
+    """Closes connections that take too long over a head or a reply, send too long a head, or are too many."""
 
     header_timeout_s: float = 10.0
-    """Seconds; `with_timeout` makes a class with another value."""
+    """Seconds; `with_bounds` makes a class with other values."""
+    reply_timeout_s: float = 60.0
+    max_connections: int | None = None
 
+    _idle: ClassVar[dict[GuardedProtocol, None]] = {}
     _head_timer: asyncio.TimerHandle | None = None
+    _reply_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _is_in_message = False
 
     @classmethod
-    def with_timeout(cls, header_timeout_s: float) -> type[GuardedProtocol]:
-        """The protocol with that many seconds."""
-        return type("GuardedProtocol", (cls,), {"header_timeout_s": header_timeout_s})
+    def with_bounds(
+        cls, *, header_timeout_s: float = 10.0, reply_timeout_s: float = 60.0, max_connections: int | None = None
+    ) -> type[GuardedProtocol]:
+        """The protocol of one server.
+
+        Args:
+            header_timeout_s: Seconds that the head of a request may take.
+            reply_timeout_s: Seconds for which a reply may wait for its caller to take it.
+            max_connections: Connections that may be open; None is no bound.
+        """
+        bounds: dict[str, Any] = {
+            "header_timeout_s": header_timeout_s,
+            "reply_timeout_s": reply_timeout_s,
+            "max_connections": max_connections,
+            "_idle": {},  # who waits for a request, longest first
+        }
+        return type("GuardedProtocol", (cls,), bounds)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock: nothing has come yet."""
         super().connection_made(OneWrite(transport, self.loop))  # type: ignore[arg-type]
         self._start_clock()
+        self._idle[self] = None
+        if self.max_connections is not None and len(self.connections) > self.max_connections:
+            self._make_room(self.max_connections)
+
+    def _make_room(self, limit: int) -> None:
+        """Close the connection that has waited longest for a request: who is slow on purpose goes before who is new."""
+        longest = next(iter(self._idle))
+        del self._idle[longest]
+        if longest is self:  # every other one has a request under way
+            self._send_problem(Overloaded(f"{limit} connections are open, the limit (ARGRAD_MAX_CONNECTIONS)", 1))
+        else:
+            longest.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks."""
+        self._idle.pop(self, None)
         self._stop_clock()
+        self._stop_reply_clock()
         self._is_in_message = False
         super().connection_lost(exc)
 
@@ -103,6 +136,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Stop the clock: the head is there."""
         self._stop_clock()
+        self._idle.pop(self, None)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -119,15 +153,42 @@ class GuardedProtocol(HttpToolsProtocol):
         if not (self._is_in_message and is_answered):
             super()._unset_keepalive_if_required()
 
+    def on_response_complete(self) -> None:
+        """Count the connection among those that wait for a request, unless one waits already."""
+        super().on_response_complete()
+        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+            self._idle[self] = None
+
+    def pause_writing(self) -> None:
+        """Start the clock: the caller does not take its reply as fast as it is written."""
+        super().pause_writing()
+        self._stop_reply_clock()
+        self._reply_timer = self.loop.call_later(self.reply_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop the clock: what was written is under way."""
+        self._stop_reply_clock()
+        super().resume_writing()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request at all, and close the connection."""
+        self._send_problem(BadRequest("request", msg, "HTTP/1.1"))
+
+    def _send_problem(self, error: Exception) -> None:
+        """Answer outside of any request, and close the connection."""
         request_id = secrets.token_hex(8)
-        response = describe(BadRequest("request", msg, "HTTP/1.1")).response(request_id)
+        response = describe(error).response(request_id)
         response.headers[REQUEST_ID] = request_id
         response.headers["Connection"] = "close"
-        head = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + bytes(response.body))
+        lines = [name + b": " + value for name, value in (*response.raw_headers, *FIXED_HEADERS)]
+        self.transport.write(STATUS_LINE[response.status_code] + b"\r\n".join(lines) + b"\r\n\r\n")
+        self.transport.write(bytes(response.body))
         self.transport.close()
+
+    def _stop_reply_clock(self) -> None:
+        if self._reply_timer is not None:
+            self._reply_timer.cancel()
+            self._reply_timer = None
 
     def _start_clock(self) -> None:
         self._head_timer, self._head_bytes = self.loop.call_later(self.header_timeout_s, self.transport.close), 0
