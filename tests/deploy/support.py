@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CADDYFILE = DEPLOY / "caddy" / "Caddyfile"
 SECRET = "a secret that all replicas share"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 150.0
 
 
 def caddy() -> str:
@@ -41,11 +41,13 @@ class Replica:
         host: A loopback address of its own; the port is the same for all replicas, as in containers.
         port: Of all replicas.
         log: File that gets its output.
+        settings: Further variables.
     """
 
     host: str
     port: int
     log: Path
+    settings: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -60,6 +62,7 @@ class Replica:
             "ARGRAD_STATE_SECRET": SECRET,
             "ARGRAD_TORCH_THREADS": "1",
             "ARGRAD_LOG_FORMAT": "json",
+            **self.settings,
         }
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -105,21 +108,46 @@ def proxy(names: Names, upstream_port: int, log: Path, **environment: str) -> It
         "XDG_CONFIG_HOME": str(log.parent / "config"),
         **environment,
     }
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("ARGRAD_")}
     command = [caddy(), "run", "--config", str(CADDYFILE), "--adapter", "caddyfile"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=clean | settings, stdout=output, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{metrics_port}/metrics"), process, log)
-        yield url, metrics_port
-    finally:
-        process.terminate()
+    with Started(command, log, lambda: answers(f"http://127.0.0.1:{metrics_port}/metrics"), **settings):
+        yield f"http://127.0.0.1:{port}", metrics_port
+
+
+class Started:
+    """A program that runs for the length of a block, which begins once it is ready.
+
+    Args:
+        command: The program and its arguments.
+        log: File that gets its output.
+        is_ready: Asked until it is so.
+        environment: Further variables; those of the service are taken away.
+    """
+
+    def __init__(
+        self, command: Sequence[str | Path], log: Path, is_ready: Callable[[], bool], **environment: str
+    ) -> None:
+        self._command, self._log, self._is_ready = command, log, is_ready
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("ARGRAD_")}
+        self._environment = clean | environment
+
+    def __enter__(self) -> None:
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                self._command, env=self._environment, stdout=output, stderr=subprocess.STDOUT
+            )
         try:
-            process.wait(10)
+            wait_for(self._is_ready, self._process, self._log)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self._process.kill()
+            self._process.wait()
 
 
 def answers(url: str) -> bool:
@@ -129,7 +157,7 @@ def answers(url: str) -> bool:
     return False
 
 
-def wait_for(is_so, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
         if process.poll() is not None:

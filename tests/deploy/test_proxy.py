@@ -27,6 +27,8 @@ HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 KEYS = 60
 D = torch.float64
 
+pytestmark = pytest.mark.timeout(300)  # the first test waits for the start of three services
+
 
 def adapted(**environment: str) -> dict:
     """The Caddyfile as Caddy's own JSON."""
