@@ -18,6 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.redis_server import RedisServer, running_redis
+
 START_TIMEOUT_S = 60.0
 
 
@@ -76,3 +78,18 @@ def service_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a real service with default settings, shared by the whole run."""
     with running_service(tmp_path_factory.mktemp("service") / "log.txt") as (url, _):
         yield url
+
+
+@pytest.fixture(scope="session")
+def redis_session() -> Iterator[RedisServer]:
+    """A real Redis server, shared by the whole run."""
+    with running_redis(free_port()) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(redis_session: RedisServer) -> Iterator[RedisServer]:
+    """The same, running and empty, whatever the test before did to it."""
+    redis_session.reset()
+    yield redis_session
+    redis_session.reset()

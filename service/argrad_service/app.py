@@ -28,6 +28,7 @@ from argrad_service.http.exchange import Exchange
 from argrad_service.http.fastlane import Calls, Service
 from argrad_service.http.guard import make_guard
 from argrad_service.http.health import Readiness
+from argrad_service.http.idempotency import Once
 from argrad_service.http.keys import follow_keys, make_keyring
 from argrad_service.http.logs import Logger, make_logger
 from argrad_service.http.metrics import Metrics
@@ -39,15 +40,8 @@ from argrad_service.operations import Operations
 from argrad_service.registered import Registrations
 from argrad_service.scheduling import Job, Pending, PendingLimits, Scheduler
 from argrad_service.settings import Settings, load_settings
-from argrad_service.state import (
-    MemoryProblemStore,
-    MemoryRateCounter,
-    MemoryStateStore,
-    ProblemStore,
-    RateCounter,
-    StateStore,
-    TokenSigner,
-)
+from argrad_service.sharing import Sharing, make_shared
+from argrad_service.state import MemoryProblemStore, MemoryStateStore, ProblemStore, Shared, StateStore, TokenSigner
 from argrad_service.working import Engine
 
 if TYPE_CHECKING:
@@ -64,6 +58,7 @@ def create_app(
     engine: Engine = default_engine,
     store: StateStore | None = None,
     problems: ProblemStore | None = None,
+    shared: Shared | None = None,
     log: Logger | None = None,
     clock: Callable[[], float] = time.monotonic,
     tracing: Tracing | None = None,
@@ -75,6 +70,7 @@ def create_app(
         engine: Solves and differentiates.
         store: Keeps forward state; in memory by default.
         problems: Keeps registered problems; in memory by default.
+        shared: Keeps what replicas share; by default in Redis or in memory, as the settings say.
         log: Structured logger; by default to standard error as the settings say.
         clock: Monotonic seconds, for both stores and the rates.
 
@@ -87,16 +83,13 @@ def create_app(
     settings = settings or load_settings()
     log = log or make_logger(settings)
     device = choose_device(settings, engine)
+    signer = TokenSigner(settings.state_secret.get_secret_value())
     store = store or MemoryStateStore(
-        budget_bytes=settings.state_budget_bytes,
-        ttl_s=settings.state_ttl_s,
-        signer=TokenSigner(settings.state_secret.get_secret_value()),
-        clock=clock,
+        budget_bytes=settings.state_budget_bytes, ttl_s=settings.state_ttl_s, signer=signer, clock=clock
     )
     problems = problems or MemoryProblemStore(
         budget_bytes=settings.problem_budget_bytes, ttl_s=settings.problem_ttl_s, clock=clock
     )
-    rates: RateCounter = MemoryRateCounter(clock=clock)
     registrations = Registrations(problems, settings.limits())
     budget = settings.batch_budget()
     scheduler = Scheduler(
@@ -112,20 +105,37 @@ def create_app(
         budget=budget,
     )
     keyring = make_keyring(settings)
-    readiness = Readiness(scheduler, store, str(device))
+    shared = shared or make_shared(settings, in_flight=lambda: pending.calls, clock=clock)
+    readiness = Readiness(scheduler, store, str(device), shared)
     phases = Phases()
-    metrics = Metrics(scheduler=scheduler, pending=pending, store=store, problems=problems, phases=phases)
+    metrics = Metrics(
+        scheduler=scheduler, pending=pending, store=store, problems=problems, phases=phases, shared=shared
+    )
     tracing = tracing or _tracing_to(settings.otlp_endpoint)
     codecs = ThreadPoolExecutor(_CODEC_THREADS, thread_name_prefix="argrad-codec")
-    exchange = Exchange(settings, operations, scheduler, pending, codecs, phases)
+    sharing = None
+    if shared.is_shared:
+        sharing = Sharing(
+            shared=shared,
+            store=store,
+            problems=problems,
+            operations=operations,
+            registrations=registrations,
+            signer=signer,
+            max_state_bytes=settings.shared_state_bytes,
+            max_problem_bytes=settings.shared_problem_bytes,
+            in_thread=lambda work: asyncio.get_running_loop().run_in_executor(codecs, work),
+        )
+    exchange = Exchange(settings, operations, scheduler, pending, codecs, Once(shared), phases, sharing=sharing)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
+        await shared.start()
         unlimited = Operations(engine=engine, store=store, limits=Limits(), device=device)
         tasks = [
             asyncio.create_task(_warm_up(unlimited, scheduler, readiness, log)),
-            asyncio.create_task(_sweep(store, problems)),
+            asyncio.create_task(_sweep(store, problems, shared)),
         ]
         if keyring is not None:
             tasks.append(asyncio.create_task(follow_keys(keyring, log)))
@@ -137,6 +147,7 @@ def create_app(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(scheduler.stop, _STOP_TIMEOUT_S)
+            await shared.stop()
             codecs.shutdown(wait=False, cancel_futures=True)
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
@@ -154,12 +165,12 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.readiness, app.state.keyring, app.state.doors = readiness, keyring, exchange.doors
-    app.state.rates = rates
+    app.state.shared = app.state.rates = shared
     add_routes(app, exchange, registrations, readiness, metrics)
     around: dict[str, Any] = {
         "metrics": metrics,
         "log": log,
-        "guard": make_guard(settings, keyring, rates),
+        "guard": make_guard(settings, keyring, shared),
         "cors": Cors(settings.cors_origins),
         "readiness": readiness,
         "tracing": tracing,
@@ -219,7 +230,7 @@ def _solve_small(operations: Operations, solver: str, rows: int, _: Job[None]) -
     operations.prepare_solve(request, tensors, owner=PUBLIC)(never_stop, {})
 
 
-async def _sweep(*stores: StateStore | ProblemStore) -> None:
+async def _sweep(*stores: StateStore | ProblemStore | Shared) -> None:
     """Free what has expired even where nobody calls."""
     while True:
         await asyncio.sleep(_SWEEP_PERIOD_S)

@@ -7,14 +7,15 @@ HTTP and the in-process backend call the same two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from argrad.errors import ProblemError
-from argrad.problems import Form, Solution, parse
+from argrad.problems import Form, Solution, Status, parse
 from argrad.wire.messages import (
     PROTOCOL,
     JvpReply,
@@ -30,15 +31,18 @@ from argrad.wire.messages import (
 )
 from argrad_service import assembly
 from argrad_service.admission import Limits, Size, check_iterations, check_reply
-from argrad_service.engine.options import ShouldStop
+from argrad_service.engine.options import ShouldStop, never_stop
 from argrad_service.engine.outcome import Outcome
-from argrad_service.kept import Kept, versions_of, warm_start_at
+from argrad_service.kept import Kept, Recalled, versions_of, warm_start_at
 from argrad_service.registered import Named, Registrations
 from argrad_service.scheduling import Budget
 from argrad_service.solves import Solve, jvp
-from argrad_service.state import ProblemGone, StateStore
+from argrad_service.state import ProblemGone, StateGone, StateStore
 from argrad_service.vjps import Vjp
 from argrad_service.working import Engine, Run, Timings, options_of, stage
+
+_AT_ANY_SOLUTION = frozenset({"auto", "kkt", "bpqp"})
+"""Methods that give the same gradient whoever has found the solution; others repeat what the solver did."""
 
 
 class Operations:
@@ -130,14 +134,14 @@ class Operations:
             StateGone: the token names no state.
             ProblemGone: nothing is registered under the digest.
         """
-        kept, form, registered = self._place(request.state, request.problem, tensors, owner)
+        kept, form, registered = self._place(request, tensors, owner)
         cotangents = _section(tensors, "upstream")
         if not cotangents:
             raise ProblemError("upstream", "nothing", "at least one cotangent, such as upstream.z")
         wrt = assembly.wanted_gradients(request, form)
         self._check_reply(form, wrt if request.gradients == "full" else [], cotangents, is_json)
         cotangent = assembly.Cotangent(form, _widened(cotangents, form, request.precision))
-        place = kept or form.point(_section(tensors, "solution"))
+        forward = self._forward(form, kept, request, tensors, registered, owner)
 
         return Vjp(
             engine=self._engine,
@@ -145,8 +149,9 @@ class Operations:
             form=form,
             cotangent=cotangent,
             wrt=wrt,
-            forward=lambda should_stop: self._forward(form, place, request.solver, should_stop, registered),
-            kept=kept,
+            forward=forward,
+            kept=kept if isinstance(kept, Kept) else None,
+            is_by_token=kept is not None,
             is_merged=self._budget is not None,
         )
 
@@ -167,17 +172,17 @@ class Operations:
             StateGone: the token names no state.
             ProblemGone: nothing is registered under the digest.
         """
-        kept, form, registered = self._place(request.state, request.problem, tensors, owner)
+        kept, form, registered = self._place(request, tensors, owner)
         given = _section(tensors, "tangents")
         if not given:
             raise ProblemError("tangents", "nothing", "at least one tangent, such as tangents.q")
         self._check_reply(form, [], {}, is_json)
         canonical = form.tangents(_widened(given, form, request.precision))
-        place = kept or form.point(_section(tensors, "solution"))
+        forwarded = self._forward(form, kept, request, tensors, registered, owner)
 
         def run(should_stop: ShouldStop, timings: Timings) -> tuple[JvpReply, TensorMap]:
             with stage(timings, "differentiate"):
-                forward = self._forward(form, place, request.solver, should_stop, registered)
+                forward = forwarded(should_stop)
                 method = request.differentiation
                 tangents = jvp(self._engine, forward, canonical, method)
                 out = assembly.measured(form, tangents) if kept else assembly.report_tensors(form, forward, tangents)
@@ -199,6 +204,23 @@ class Operations:
         """
         self._store.delete(token, owner=owner)
 
+    def recall(self, token: str, request: VjpRequest, tensors: TensorMap, *, owner: str) -> None:
+        """Take over forward state of another replica: problem and solution, as a caller would send them.
+
+        Args:
+            token: Under which it was kept there, and is here.
+            request: What a vjp there would say.
+            tensors: `problem.*` and `solution.*`.
+            owner: Whose state it is.
+
+        Raises:
+            ProblemError: it is no problem with its solution.
+            ProblemGone: nothing is registered here under the digest that it names.
+        """
+        _, form, named = self._place(request, tensors, owner)
+        recalled = Recalled(form, form.point(_section(tensors, "solution")), request.solver, named)
+        self._store.restore(token, recalled, nbytes=recalled.nbytes, owner=owner)
+
     def solvers(self) -> dict[str, Any]:
         """The engine's table of solvers and methods, and where it solves."""
         return {"protocol": PROTOCOL, "device": str(self._device), "solvers": self._engine.solvers()}
@@ -210,7 +232,7 @@ class Operations:
             return form.point(blocks, section="warm_start") if blocks else None
         if blocks:
             raise ProblemError("warm_start.state", "a token beside tensors", "one of the two")
-        kept: Kept = self._store.get(token, owner=owner)
+        kept: Kept | Recalled = self._store.get(token, owner=owner)
         return warm_start_at(kept, form)
 
     def _parse(self, document: ProblemDocument, parameters: dict[str, Tensor], owner: str) -> tuple[Form, Named | None]:
@@ -226,10 +248,10 @@ class Operations:
         return parse(document.kind, parameters, trusted=known), registered
 
     def _place(
-        self, state: str | None, document: ProblemDocument | None, tensors: TensorMap, owner: str
-    ) -> tuple[Kept | None, Form, Named | None]:
+        self, request: VjpRequest | JvpRequest, tensors: TensorMap, owner: str
+    ) -> tuple[Kept | Recalled | None, Form, Named | None]:
         """Where to differentiate: what a token stands for, or the problem in the request."""
-        parameters = _section(tensors, "problem")
+        state, document, parameters = request.state, request.problem, _section(tensors, "problem")
         if state is None:
             document = document or ProblemDocument()
             if not parameters and document.registered is None:
@@ -237,7 +259,9 @@ class Operations:
             return None, *self._parse(document, parameters, owner)
         if parameters or (document is not None and document.registered) or _section(tensors, "solution"):
             raise ProblemError("state", "a token beside problem.* or solution.*", "one of the two")
-        kept: Kept = self._store.get(state, owner=owner)
+        kept: Kept | Recalled = self._store.get(state, owner=owner)
+        if isinstance(kept, Recalled) and request.differentiation.method not in _AT_ANY_SOLUTION:
+            raise StateGone
         if not kept.is_current:
             self._store.delete(state, owner=owner)
             kept = self._store.get(state, owner=owner)  # raises: gone
@@ -250,19 +274,39 @@ class Operations:
     def _forward(
         self,
         form: Form,
-        place: Kept | Solution,
-        solver: SolverDocument,
-        should_stop: ShouldStop,
+        kept: Kept | Recalled | None,
+        request: VjpRequest | JvpRequest,
+        tensors: TensorMap,
         registered: Named | None,
+        owner: str,
+    ) -> Callable[[ShouldStop], Outcome]:
+        """What is differentiated, for whoever asks whether to go on."""
+        if isinstance(kept, Kept):
+            return kept.forward.stopped_by
+        if isinstance(kept, Recalled):
+            return functools.partial(self._revived, kept, str(request.state), owner)
+        point = form.point(_section(tensors, "solution"))
+        return lambda should_stop: self._at_point(form, point, request.solver, registered, should_stop)
+
+    def _revived(self, recalled: Recalled, token: str, owner: str, should_stop: ShouldStop) -> Outcome:
+        """Factor what another replica has solved, and keep that under its token."""
+        form = recalled.form
+        forward = self._at_point(form, recalled.solution, recalled.solver, recalled.named, should_stop)
+        if any(status != Status.OPTIMAL for status in forward.status):
+            raise StateGone
+        kept = Kept(form, forward.stopped_by(never_stop), versions_of(form))
+        self._store.restore(token, kept, nbytes=kept.nbytes, owner=owner)
+        return forward
+
+    def _at_point(
+        self, form: Form, point: Solution, solver: SolverDocument, named: Named | None, should_stop: ShouldStop
     ) -> Outcome:
-        if isinstance(place, Kept):
-            return place.forward.stopped_by(should_stop)
         return self._engine.at_point(
             form.problem,
-            place,
+            point,
             options=options_of(solver, should_stop),
             device=self._device,
-            prepared=None if registered is None else registered.prepared,
+            prepared=None if named is None else named.prepared,
         )
 
 

@@ -208,6 +208,35 @@ class Settings(BaseSettings):
         "tokens from before a restart `state-gone`.",
     )
 
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Redis, or what speaks its protocol, that replicas share: `redis://[[user]:password@]host[:port]"
+        "[/db]`, `rediss://…` with TLS, `unix://path`. Then `ARGRAD_STATE_SECRET` must be given, the same to all.",
+    )
+    redis_prefix: str = Field(
+        "argrad:", max_length=64, description="Before every key there; replicas of one deployment have the same."
+    )
+    redis_timeout_s: _Seconds = Field(
+        0.2,
+        description="Seconds that Redis may take to answer, and one more for 50 MB; after three times in a row it is "
+        "left alone until a probe gets through, and solving goes on without.",
+    )
+    shared_state_bytes: Annotated[ByteSize, Field(ge=0)] = Field(
+        ByteSize(64 * 1024),
+        description="Largest forward state, problem and solution, that other replicas find in Redis; larger ones are "
+        "sent again by whoever needs them elsewhere.",
+    )
+    shared_problem_bytes: Annotated[ByteSize, Field(ge=0)] = Field(
+        ByteSize(16 * _MIB), description="Largest registered problem that other replicas find in Redis."
+    )
+    idempotency_ttl_s: _Seconds = Field(
+        3600.0, description="Seconds for which the reply to a call with an `Idempotency-Key` is kept."
+    )
+    idempotency_budget_bytes: Annotated[ByteSize, Field(ge=0)] = Field(
+        ByteSize(64 * _MIB),
+        description="Memory for such replies where there is no Redis; the least recently used goes first.",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level that is logged; health probes and metrics are logged at `debug`."
     )
@@ -258,6 +287,23 @@ class Settings(BaseSettings):
         """Whether callers are asked for a key."""
         return bool(self.api_keys.get_secret_value().strip()) or self.api_keys_file is not None
 
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("it begins with redis://, rediss:// or unix://")
+        return url
+
+    @model_validator(mode="after")
+    def _check_secret(self) -> Settings:
+        """Refuse replicas that could not read one another's tokens."""
+        if self.redis_url is not None and "state_secret" not in self.model_fields_set:
+            raise ValueError(
+                f"{variable('redis_url')} (flag {flag('redis_url')}) is set without {variable('state_secret')}: "
+                "replicas share tokens and records, and the key that signs them must be the same for all"
+            )
+        return self
+
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the service."""
@@ -296,7 +342,7 @@ def _sentence(error: dict[str, Any]) -> str:
     name = str(error["loc"][0])
     if name not in Settings.model_fields:
         return f"{name} is not a setting"
-    value = "that value" if Settings.model_fields[name].annotation is SecretStr else repr(error["input"])
+    value = "that value" if name in {"state_secret", "redis_url", "api_keys"} else repr(error["input"])
     reason = reason[:1].lower() + reason[1:] if error["type"] == "value_error" else reason.lower()
     return f"{variable(name)} (flag {flag(name)}) cannot be {value}: {reason}"
 

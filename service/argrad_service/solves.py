@@ -163,7 +163,14 @@ class Solve:
         form = self.form
         token = None
         if self.keep:
-            kept = Kept(form, forward.stopped_by(never_stop), self.versions)
+            named = self.registered
+            kept = Kept(
+                form,
+                forward.stopped_by(never_stop),
+                self.versions,
+                registered=None if named is None else named.digest,
+                known=frozenset() if named is None else frozenset(named.registration.tensors),
+            )
             token = self.store.put(kept, nbytes=kept.nbytes, owner=self.owner)
         reply = SolveReply.model_construct(
             status=assembly.per_problem(form, forward.status),

@@ -36,7 +36,8 @@ class Vjp:
         cotangent: What is pulled back.
         wrt: Parameters whose gradients are wanted.
         forward: What is differentiated, for whoever asks whether to go on.
-        kept: The state that the call names, if it names one.
+        kept: The state that the call names, if it names one that is factored here.
+        is_by_token: Whether the call names a state.
         is_merged: Whether calls are done together at all.
 
     Attributes:
@@ -51,6 +52,7 @@ class Vjp:
     wrt: Sequence[str]
     forward: Callable[[ShouldStop], Outcome]
     kept: Kept | None
+    is_by_token: bool
     is_merged: bool
     batch_size: int | None = field(init=False)
     part: tuple[Forward, Frame] | None = field(init=False)
@@ -68,7 +70,7 @@ class Vjp:
             forward = self.forward(should_stop)
             backward = vjp(self.engine, forward, self.cotangent.canonical(forward), self.request.differentiation)
             out = self.derived(forward, backward)
-            if self.kept is None:
+            if not self.is_by_token:
                 out = assembly.report_tensors(self.form, forward, backward) | out
         return self.reply(forward, backward, out, timings)
 

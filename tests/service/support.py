@@ -25,6 +25,7 @@ from argrad_service.engine.options import SolverOptions
 from argrad_service.engine.outcome import Forward
 from argrad_service.http.logs import make_logger
 from argrad_service.settings import Settings
+from argrad_service.state import Shared
 
 D = torch.float64
 SECRET = "a secret of these tests"
@@ -85,11 +86,13 @@ async def running_app(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
             yield client
 
 
-def make_app(log: io.StringIO | None = None, engine_: Any = None, **settings: Any) -> FastAPI:
+def make_app(
+    log: io.StringIO | None = None, engine_: Any = None, shared: Shared | None = None, **settings: Any
+) -> FastAPI:
     """An application with settings of its own, whatever the environment says; it logs into `log`."""
     chosen = Settings.model_validate({"state_secret": SECRET, "log_format": "json", "device": "cpu", **settings})
     logger = make_logger(chosen, log if log is not None else io.StringIO())
-    return create_app(chosen, engine=engine_ or engine, log=logger)
+    return create_app(chosen, engine=engine_ or engine, log=logger, shared=shared)
 
 
 async def post(

@@ -81,7 +81,11 @@ def test_a_limit_of_less_than_one_a_minute_still_admits_the_first():
 
 def test_owners_that_rest_are_forgotten():
     counter, clock = make_counter()
-    for i in range(5000):
-        clock.now += 2.0
-        take(counter, f"owner {i}", burst=1)
+
+    async def take_many() -> None:
+        for i in range(5000):
+            clock.now += 2.0
+            await counter.take(f"owner {i}", per_minute=60.0, burst=1)
+
+    asyncio.run(take_many())
     assert len(counter._full_at) < 1100

@@ -37,6 +37,8 @@ ERROR_BY_TYPE: Mapping[str, type[ArgradError]] = {
     "body-too-slow": DeadlineExceededError,
     "state-gone": StateGoneError,
     "problem-gone": ProblemGoneError,
+    "idempotency-in-progress": ProtocolError,
+    "idempotency-mismatch": ProtocolError,
     "too-large": PayloadTooLargeError,
     "unsupported-media-type": ProtocolError,
     "invalid": ProblemError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,13 +33,15 @@ from argrad_service.engine.options import ShouldStop
 from argrad_service.http.body import INLINE_BYTES, Body, read_body
 from argrad_service.http.compressed import read_compressed
 from argrad_service.http.doors import Doors
+from argrad_service.http.idempotency import HEADER, Once, check_key, fingerprint_of
 from argrad_service.http.phases import Phases
 from argrad_service.http.problems import BadRequest, BodyTooSlow
 from argrad_service.http.record import Record
-from argrad_service.http.replies import write_reply
+from argrad_service.http.replies import BufferedReply, write_reply
 from argrad_service.operations import Operations
 from argrad_service.scheduling import DeadlinePassed, Job, Overloaded, Pending, Scheduler, Share
 from argrad_service.settings import Settings, variable
+from argrad_service.sharing import Sharing
 from argrad_service.solves import Solve
 from argrad_service.state import StateGone
 from argrad_service.together import Participant, pull_back_together, solve_together
@@ -72,8 +75,10 @@ class Exchange:
         scheduler: Solves.
         pending: Counts calls and their bodies.
         codecs: Threads for large bodies.
+        once: Serves calls that have an `Idempotency-Key`.
         phases: Counts calls by where they are.
         doors: Let them in.
+        sharing: States and registrations of other replicas; None where there are no others.
     """
 
     settings: Settings
@@ -81,8 +86,10 @@ class Exchange:
     scheduler: Scheduler
     pending: Pending
     codecs: ThreadPoolExecutor
+    once: Once
     phases: Phases = field(default_factory=Phases)
     doors: Doors = field(default_factory=Doors)
+    sharing: Sharing | None = None
 
     async def call(
         self, request: Request, model: type[Asked], prepare: Prepare[Asked, Reply], *, is_backward: bool
@@ -103,34 +110,94 @@ class Exchange:
         source = body_format(headers.get("content-type"))
         target = reply_format(headers.get("accept"), default=source)
         encoding = reply_encoding(headers.get("accept-encoding"))
-        self._release(headers, record.owner)
+        owner, key = record.owner, headers.get(HEADER)
+        if key is not None:
+            check_key(key)
+        self._release(headers, owner)
         with self._counted() as reserve:
             with self.phases.of("read"):
                 body = await self._read(request, source, deadline, reserve)
             record.stages_ms["read"] = record.elapsed_ms
             record.request_bytes = len(body)
 
-            def decoded() -> Run[Reply]:
-                document, tensors = decode(model, body, source, limits=self._json_limits)
-                return prepare(document, tensors, owner=record.owner, is_json=target == JSON)
+            forms = (source, target, encoding)
+            serve = functools.partial(
+                self._serve,
+                request,
+                model,
+                prepare,
+                body,
+                forms,
+                deadline=deadline,
+                is_backward=is_backward,
+                owner=owner,
+            )
+            if key is None:
+                return await serve()
+            path = request.scope["path"]
+            same = await self._stage(record, "decode", len(body), lambda: fingerprint_of(path, forms, body))
+            return await self.once.serve(key, owner, same, serve)
 
-            run = await self._stage(record, "decode", len(body), decoded)
-            timings = dict(record.stages_ms)
+    async def _serve(
+        self,
+        request: Request,
+        model: type[Asked],
+        prepare: Prepare[Asked, Reply],
+        body: Body,
+        forms: tuple[str, str, str],
+        *,
+        deadline: float,
+        is_backward: bool,
+        owner: str,
+    ) -> BufferedReply:
+        """Serve a call whose body is here; `forms` are its format, the reply's, and the reply's encoding."""
+        record, sharing, (source, target, encoding) = Record.of(request.scope), self.sharing, forms
 
-            def work(job: Job[tuple[Reply, TensorMap]]) -> tuple[Reply, TensorMap]:
-                timings["queue"] = 1e3 * job.queued_s
-                return run(job.should_stop, timings)
+        def read() -> tuple[Asked, TensorMap]:
+            return decode(model, body, source, limits=self._json_limits)
 
-            share = _share(run, timings)
-            record.starts["queue"] = time.perf_counter()
-            job = self.scheduler.submit(work, deadline=deadline, is_backward=is_backward, share=share)
-            reply, tensors = await self.scheduler.result(job, lambda: _gone(request.receive))
-            record.stages_ms.update(timings)
-            nbytes = sum(tensor.nbytes for tensor in tensors.values())
-            written = await self._stage(record, "encode", nbytes, lambda: write_reply(reply, tensors, target, encoding))
+        def prepared(document: Asked, tensors: TensorMap) -> Run[Reply]:
+            return prepare(document, tensors, owner=owner, is_json=target == JSON)
+
+        if sharing is None:
+            run = await self._stage(record, "decode", len(body), lambda: prepared(*read()))
+            reply, tensors = await self._run(run, deadline, record, request.receive, is_backward=is_backward)
+        else:
+            asked, given = await self._stage(record, "decode", len(body), read)
+            await self._bring(sharing, asked, owner, record)
+            run = await self._stage(record, "decode", len(body), lambda: prepared(asked, given))
+            reply, tensors = await self._run(run, deadline, record, request.receive, is_backward=is_backward)
+            sharing.publish(asked, reply, owner)
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        written = await self._stage(record, "encode", nbytes, lambda: write_reply(reply, tensors, target, encoding))
         _note_outcome(record, reply, tensors)
         record.reply_bytes = written.nbytes
         return written
+
+    async def _bring(self, sharing: Sharing, document: Document, owner: str, record: Record) -> None:
+        """Get what the call names and another replica has."""
+        missing = sharing.missing(document, owner)
+        if missing:
+            began = record.starts["recall"] = time.perf_counter()
+            await sharing.bring(missing, owner)
+            record.stages_ms["recall"] = 1e3 * (time.perf_counter() - began)
+
+    async def _run(
+        self, run: Run[Reply], deadline: float, record: Record, receive: Receive, *, is_backward: bool
+    ) -> tuple[Reply, TensorMap]:
+        """Have a prepared call solved, when its turn comes."""
+        timings = dict(record.stages_ms)
+
+        def work(job: Job[tuple[Reply, TensorMap]]) -> tuple[Reply, TensorMap]:
+            timings["queue"] = 1e3 * job.queued_s
+            return run(job.should_stop, timings)
+
+        share = _share(run, timings)
+        record.starts["queue"] = time.perf_counter()
+        job = self.scheduler.submit(work, deadline=deadline, is_backward=is_backward, share=share)
+        result = await self.scheduler.result(job, lambda: _gone(receive))
+        record.stages_ms.update(timings)
+        return result
 
     async def receive(
         self, request: Request, model: type[Asked], work: Callable[[Asked, TensorMap], T]
@@ -164,6 +231,19 @@ class Exchange:
 
             return await self._stage(record, "decode", len(body), worked), target
 
+    async def forget(self, token: str, owner: str) -> None:
+        """Free a state here, and for the other replicas.
+
+        Raises:
+            StateGone: it was in neither place.
+        """
+        was_shared = self.sharing is not None and await self.sharing.delete_state(token, owner)
+        try:
+            self.operations.release(token, owner=owner)
+        except StateGone:
+            if not was_shared:
+                raise
+
     @property
     def _json_limits(self) -> JsonLimits:
         nbytes = int(self.settings.max_json_bytes)
@@ -192,6 +272,8 @@ class Exchange:
         for token in tokens:
             with contextlib.suppress(StateGone):
                 self.operations.release(token, owner=owner)
+            if self.sharing is not None:
+                self.sharing.release(token, owner)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[Callable[[int], None]]:
@@ -243,10 +325,11 @@ class Exchange:
 
     async def _stage(self, record: Record, name: str, nbytes: int, work: Callable[[], T]) -> T:
         """Time some work, done here if it is small, else on a thread of its own."""
-        began = record.starts[name] = time.perf_counter()
+        began = time.perf_counter()
+        record.starts.setdefault(name, began)
         with self.phases.of(name):
             result = work() if nbytes <= INLINE_BYTES else await self._in_thread(work)
-        record.stages_ms[name] = 1e3 * (time.perf_counter() - began)
+        record.stages_ms[name] = record.stages_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - began)
         return result
 
     async def _in_thread(self, work: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from argrad_service.http.problems import NotReady
 from argrad_service.scheduling import Scheduler
-from argrad_service.state import StateStore
+from argrad_service.state import Shared, StateStore
 
 
 @dataclass
@@ -17,6 +17,7 @@ class Readiness:
     Args:
         scheduler: Its threads must be alive.
         store: Reported.
+        shared: Reported; where it is degraded, so is the service, which still takes work.
         device: Reported.
         phase: `starting` until a first solve has gone through.
         reason: Why the phase is `failed`.
@@ -25,6 +26,7 @@ class Readiness:
     scheduler: Scheduler
     store: StateStore
     device: str
+    shared: Shared
     phase: Literal["starting", "ready", "failed", "stopping"] = "starting"
     reason: str | None = None
 
@@ -37,13 +39,14 @@ class Readiness:
         Raises:
             NotReady: the service should not be sent work; the same report is in `checks`.
         """
-        solver, state = self.scheduler.health(), self.store.counts()
+        solver, state, shared = self.scheduler.health(), self.store.counts(), self.shared.health()
         checks = {
             "phase": self.phase,
             "reason": self.reason,
             "device": self.device,
             "solver": asdict(solver),
             "state": {"store": "memory", "entries": state.entries, "held_bytes": state.held_bytes},
+            "shared": {"store": shared.store, "degraded": shared.degraded, "replicas": len(shared.replicas)},
         }
         is_ready = self.phase == "ready" and solver.alive >= solver.threads
         if not is_detailed:
@@ -54,4 +57,4 @@ class Readiness:
             raise NotReady(f"the service is {self.phase}{f': {self.reason}' if self.reason else ''}", checks)
         if not is_ready:
             raise NotReady(f"{solver.alive} of {solver.threads} solver threads are alive", checks)
-        return {"status": "ready", "checks": checks}
+        return {"status": "degraded" if shared.degraded else "ready", "checks": checks}

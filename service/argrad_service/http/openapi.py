@@ -95,6 +95,24 @@ _HEADERS = [
     },
 ]
 
+_CALL_HEADERS = [
+    *_HEADERS,
+    {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+        "description": "A name for this call, new for each. The same call again gets the first one's reply, if that "
+        "was good and of at most 256 KiB, without being solved again; while the first is being served it gets 409, "
+        "and another call under the same name 422. Names are each API key's own.",
+    },
+]
+_REPLAYED = {
+    "Idempotent-Replayed": {
+        "schema": {"const": "true"},
+        "description": "There if this is the reply to an earlier call with the same `Idempotency-Key`.",
+    },
+}
+
 
 _KEY = {
     "type": "http",
@@ -123,10 +141,14 @@ def _call(request: type[Message], reply: type[Message], given: dict[str, example
     return {
         "openapi_extra": {
             "requestBody": {"required": True, "content": content(request, "request")},
-            "parameters": _HEADERS,
+            "parameters": _CALL_HEADERS,
         },
         "responses": {
-            200: {"description": "The result; a verdict on each problem.", "content": content(reply, "reply")},
+            200: {
+                "description": "The result; a verdict on each problem.",
+                "content": content(reply, "reply"),
+                "headers": _REPLAYED,
+            },
             **_errors(*sorted(statuses)),
         },
     }

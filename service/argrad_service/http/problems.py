@@ -18,7 +18,7 @@ from argrad.wire import NotAcceptableError, TooLargeError, UnreadableBodyError, 
 from argrad_service.admission import TooLarge
 from argrad_service.http.record import Record
 from argrad_service.scheduling import CallerGone, DeadlinePassed, Overloaded, Stopping
-from argrad_service.state import ProblemGone, StateGone
+from argrad_service.state import IdempotencyInProgress, IdempotencyMismatch, ProblemGone, StateGone
 
 CONTENT_TYPE = "application/problem+json"
 _MAX_WORDS = 1000
@@ -91,11 +91,13 @@ KINDS: dict[type[Exception], Kind] = {
     BodyTooSlow: Kind(408, "body-too-slow", "The body took longer than it may."),
     StateGone: Kind(409, "state-gone", "The state token names no state. Send problem and solution instead."),
     ProblemGone: Kind(409, "problem-gone", "No problem is registered under that digest. Register it again."),
+    IdempotencyInProgress: Kind(409, "idempotency-in-progress", "A call with that Idempotency-Key is being served."),
     TooLargeError: Kind(413, "too-large", "Something is over a limit of this service."),
     TooLarge: Kind(413, "too-large", "Something is over a limit of this service."),
     UnsupportedMediaTypeError: Kind(415, "unsupported-media-type", "The format of the body is not understood."),
     ProblemError: Kind(422, "invalid", "The request can be read, but says something wrong."),
     GradientError: Kind(422, "invalid", "The request can be read, but says something wrong."),
+    IdempotencyMismatch: Kind(422, "idempotency-mismatch", "The Idempotency-Key was used for another request."),
     Overloaded: Kind(429, "overloaded", "There is no room for another call now."),
     RateLimited: Kind(429, "rate-limited", "The key has made as many calls as it may for now."),
     CallerGone: Kind(499, "client-closed", "The caller left before the reply."),
@@ -158,7 +160,7 @@ def describe(error: Exception) -> Problem:
     headers = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="argrad"' + ', error="invalid_token"' * error.is_given
-    if isinstance(error, Overloaded | RateLimited):
+    if isinstance(error, Overloaded | RateLimited | IdempotencyInProgress):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, Stopping):
         headers["Retry-After"] = "1"

@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from argrad.errors import ProblemError
 from argrad.wire import JSON, encode, reply_format
-from argrad.wire.messages import RegisteredReply, RegisterRequest, TensorMap
+from argrad.wire.messages import ProblemDocument, RegisteredReply, RegisterRequest, SolveRequest, TensorMap
 from argrad_service.http.exchange import Exchange
 from argrad_service.http.record import Record
 from argrad_service.registered import Registrations
+from argrad_service.state import ProblemGone
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -36,16 +37,28 @@ class RegistrationCalls:
             return self._registrations.register(document, tensors, name=name, owner=owner)
 
         (reply, is_new), target = await self._exchange.receive(request, RegisterRequest, register)
+        if (sharing := self._exchange.sharing) is not None:
+            await sharing.publish_problem(name, owner)
         return _answer(reply, target, 201 if is_new else 200)
 
     async def get(self, request: Request) -> Response:
         """Say what is registered."""
-        target = reply_format(request.headers.get("accept"), default=JSON)
-        return _answer(self._registrations.describe(_name(request), owner=Record.of(request.scope).owner), target, 200)
+        target, name = reply_format(request.headers.get("accept"), default=JSON), _name(request)
+        owner = Record.of(request.scope).owner
+        if (sharing := self._exchange.sharing) is not None:
+            named = SolveRequest(problem=ProblemDocument(registered=name))
+            await sharing.bring(sharing.missing(named, owner), owner)
+        return _answer(self._registrations.describe(name, owner=owner), target, 200)
 
     async def delete(self, request: Request) -> Response:
         """Forget what is registered."""
-        self._registrations.delete(_name(request), owner=Record.of(request.scope).owner)
+        name, sharing, owner = _name(request), self._exchange.sharing, Record.of(request.scope).owner
+        was_shared = sharing is not None and await sharing.delete_problem(name, owner)
+        try:
+            self._registrations.delete(name, owner=owner)
+        except ProblemGone:
+            if not was_shared:
+                raise
         return Response(status_code=204)
 
 

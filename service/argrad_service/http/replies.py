@@ -31,6 +31,10 @@ class BufferedReply(Response):
         if encoding is not None:
             self.raw_headers.append((b"content-encoding", encoding.encode()))
 
+    def whole(self) -> bytes:
+        """The body."""
+        return b"".join(self._buffers)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Send head and buffers."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

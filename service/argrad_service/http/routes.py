@@ -64,7 +64,7 @@ def add_routes(
     @app.delete("/v1/states/{token}", tags=["v1"], summary="Free forward state early", **openapi.DELETE_STATE)
     async def delete_state(request: Request) -> Response:
         """Forget a state. A token that names none is `state-gone`, as everywhere."""
-        operations.release(request.path_params["token"], owner=Record.of(request.scope).owner)
+        await exchange.forget(request.path_params["token"], Record.of(request.scope).owner)
         return Response(status_code=204)
 
     @app.get("/docs", include_in_schema=False)

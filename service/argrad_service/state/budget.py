@@ -67,6 +67,12 @@ class BudgetedStore:
             self._hits += 1
             return entry.value
 
+    def peek(self, key: Key) -> Any:
+        """The value of a key, which is not counted as a use; None where there is none."""
+        with self._lock:
+            entry = self._entries.get(key)
+            return None if entry is None or entry.expires_at <= self._clock() else entry.value
+
     def resize(self, key: Key, value: Any, nbytes: int) -> bool:
         """Count a value anew that grew since it was put; False where it is not there, or is over the budget now."""
         dropped: list[_Entry] = []

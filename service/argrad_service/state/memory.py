@@ -46,6 +46,19 @@ class MemoryStateStore:
             raise StateGone
         return held[0]
 
+    def peek(self, token: str, *, owner: str) -> Any:
+        """The value of a token, or None; nobody has used it by that."""
+        held = self._held.peek((owner, token))
+        return None if held is None else held[0]
+
+    def restore(self, token: str, value: Any, *, nbytes: int, owner: str) -> bool:
+        """Keep a value under a token of before; False where it alone is over the budget, or the token is foreign."""
+        try:
+            self._signer.check(token, owner)
+        except StateGone:
+            return False
+        return self._held.put((owner, token), (value,), nbytes)
+
     def delete(self, token: str, *, owner: str) -> None:
         """Forget a value early.
 
@@ -99,6 +112,10 @@ class MemoryProblemStore:
         if value is None:
             raise ProblemGone
         return value
+
+    def peek(self, digest: str, *, owner: str) -> Any:
+        """The problem of a digest, or None; nobody has used it by that."""
+        return self._held.peek((owner, digest))
 
     def resize(self, digest: str, value: Any, *, nbytes: int, owner: str) -> bool:
         """Count a problem anew that grew; False where it is not there any more, or does not fit."""

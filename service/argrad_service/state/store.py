@@ -55,6 +55,17 @@ class StateStore(Protocol):
         """
         ...
 
+    def peek(self, token: str, *, owner: str) -> Any:
+        """The value of a token, or None; nobody has used it by that."""
+        ...
+
+    def restore(self, token: str, value: Any, *, nbytes: int, owner: str) -> bool:
+        """Keep a value under a token that was given out before, here or by another replica, in place of what it named.
+
+        False where the value alone is over the budget, or the token is not one of that owner's.
+        """
+        ...
+
     def delete(self, token: str, *, owner: str) -> None:
         """Forget a value early.
 
@@ -94,6 +105,10 @@ class ProblemStore(Protocol):
         Raises:
             ProblemGone: the owner has none under it.
         """
+        ...
+
+    def peek(self, digest: str, *, owner: str) -> Any:
+        """The problem of a digest, or None; nobody has used it by that."""
         ...
 
     def resize(self, digest: str, value: Any, *, nbytes: int, owner: str) -> bool:

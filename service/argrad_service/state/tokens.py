@@ -15,6 +15,8 @@ _MAC_BYTES = 18
 TOKEN_LENGTH = 40  # (12 + 18) bytes in base64: a multiple of three, so there is no padding and one spelling only
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{40}", re.ASCII)
 _DOMAIN = b"argrad state token 1\0"
+_SEAL_DOMAIN = b"argrad shared record 1\0"
+_SEAL_BYTES = 32
 
 
 class TokenSigner:
@@ -47,3 +49,29 @@ class TokenSigner:
 
     def _mac(self, identifier: bytes, owner: str) -> bytes:
         return hmac.digest(self._key, _DOMAIN + identifier + owner.encode(), hashlib.sha256)[:_MAC_BYTES]
+
+
+class Seal:
+    """Closes records that leave the process with an HMAC-SHA256 of their place and content, and opens them.
+
+    Args:
+        secret: That of the tokens; what another secret has closed is not opened.
+    """
+
+    def __init__(self, secret: str) -> None:
+        self._key = secret.encode()
+
+    def close(self, place: bytes, record: bytes) -> bytes:
+        """The record behind its seal."""
+        return self._mac(place, record) + record
+
+    def open(self, place: bytes, sealed: bytes) -> bytes | None:
+        """The record, or None where it is not exactly what was closed for that place."""
+        mac, record = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
+        return record if hmac.compare_digest(mac, self._mac(place, record)) else None
+
+    def _mac(self, place: bytes, record: bytes) -> bytes:
+        # The place's length first: no two pairs are the same bytes.
+        mac = hmac.new(self._key, _SEAL_DOMAIN + len(place).to_bytes(4, "little") + place, hashlib.sha256)
+        mac.update(record)
+        return mac.digest()
