@@ -49,12 +49,13 @@ class Readiness:
             "shared": {"store": shared.store, "degraded": shared.degraded, "replicas": len(shared.replicas)},
         }
         is_ready = self.phase == "ready" and solver.alive >= solver.threads
+        status = "degraded" if shared.degraded else "ready"
         if not is_detailed:
             if not is_ready:
                 raise NotReady("the service is not ready")
-            return {"status": "ready"}
+            return {"status": status}
         if self.phase != "ready":
             raise NotReady(f"the service is {self.phase}{f': {self.reason}' if self.reason else ''}", checks)
         if not is_ready:
             raise NotReady(f"{solver.alive} of {solver.threads} solver threads are alive", checks)
-        return {"status": "degraded" if shared.degraded else "ready", "checks": checks}
+        return {"status": status, "checks": checks}
