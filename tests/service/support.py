@@ -87,12 +87,16 @@ async def running_app(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def make_app(
-    log: io.StringIO | None = None, engine_: Any = None, shared: Shared | None = None, **settings: Any
+    log: io.StringIO | None = None,
+    engine_: Any = None,
+    shared: Shared | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **settings: Any,
 ) -> FastAPI:
     """An application with settings of its own, whatever the environment says; it logs into `log`."""
     chosen = Settings.model_validate({"state_secret": SECRET, "log_format": "json", "device": "cpu", **settings})
     logger = make_logger(chosen, log if log is not None else io.StringIO())
-    return create_app(chosen, engine=engine_ or engine, log=logger, shared=shared)
+    return create_app(chosen, engine=engine_ or engine, log=logger, shared=shared, clock=clock)
 
 
 async def post(

@@ -260,8 +260,7 @@ def test_the_documentation_runs_its_own_script_and_no_other():
 
 async def test_each_key_has_a_rate_of_its_own():
     now = [0.0]
-    app = make_app(api_keys=KEYS, rate_limit_per_minute=2)
-    app.state.rates._clock = lambda: now[0]
+    app = make_app(api_keys=KEYS, rate_limit_per_minute=2, clock=lambda: now[0])
     async with running_app(app) as client:
         for _ in range(2):
             assert (await client.get("/v1/solvers", headers=bearer(ALICE))).status_code == 200
