@@ -170,6 +170,14 @@ LIES = {
         file({"a": entry(), "b": entry((2,), (8, 24))}, b"x" * 24),
         r"b: found an overlap at data_offsets \[8, 24\], wanted data_offsets \[16, …\]",
     ),
+    "metadata-twice": (
+        file(b'{"__metadata__":{"argrad":"x"},"a":' + json.dumps(entry()).encode() + b',"__metadata__":{}}', bytes(16)),
+        'header: found the key "__metadata__" twice in one object',
+    ),
+    "metadata-twice-and-escaped": (
+        file(b'{"__metadata__":{"argrad":"x"},"\\u005f_metadata__":{"argrad":"y"}}'),
+        'header: found the key "__metadata__" twice in one object',
+    ),
     "same-span-twice": (
         file({"a": entry(), "b": entry()}, b"x" * 16),
         r"b: found an overlap at data_offsets \[0, 16\]",
@@ -188,6 +196,24 @@ LIES = {
 def test_a_header_that_lies_is_refused_by_name(body: bytes, message: str) -> None:
     with pytest.raises(UnreadableBodyError, match=message):
         ours.read(bytearray(body))
+
+
+@given(st.text(st.characters(codec="utf-8")) | st.sampled_from(['"},"', '\\"},"', '{"a":"b"},"c', "\\", '"']))
+def test_any_document_comes_back_whatever_layout_is_remembered(document: str) -> None:
+    tensors = {"a": torch.arange(2.0), "b": torch.arange(3)}
+    for _ in range(2):
+        metadata, found = ours.read(bytearray(b"".join(ours.write({"argrad": document}, tensors))))
+        assert metadata == {"argrad": document}
+        assert same(found, tensors)
+
+
+def test_a_layout_that_is_remembered_is_checked_against_each_body() -> None:
+    body = b"".join(ours.write({"argrad": "{}"}, {"a": torch.arange(2.0)}))
+    assert ours.read(bytearray(body))[1]["a"].tolist() == [0.0, 1.0]
+    with pytest.raises(UnreadableBodyError, match="an end within the 7 bytes of data"):
+        ours.read(bytearray(body[:-1]))
+    with pytest.raises(UnreadableBodyError, match="body: found 9 bytes of data, wanted 8, as the header's"):
+        ours.read(bytearray(body + b"x"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -74,9 +74,8 @@ def decode(
         raise UnreadableBodyError(f"__metadata__.{_DOCUMENT}", "nothing", wanted)
     document = parse_object(f"__metadata__.{_DOCUMENT}", metadata[_DOCUMENT])
     for name in tensors:
-        check_tensor_name(model, name)
-        section = name.partition(".")[0]
-        if section in model.model_fields and document.get(section) is None:
+        section = check_tensor_name(model, name)
+        if section is not None and document.get(section) is None:
             document[section] = {}
     return validate(model, document), tensors
 

@@ -124,8 +124,11 @@ def _members(value: dict[str, Any]) -> int:
 
 
 @lru_cache(maxsize=1024)
-def check_tensor_name(model: type[Message], name: str) -> None:
+def check_tensor_name(model: type[Message], name: str) -> str | None:
     """Refuse a tensor that the message has no place for.
+
+    Returns:
+        The object of the document that it belongs to; None if that holds nothing but tensors.
 
     Raises:
         ProblemError: names the tensor, and the sections that hold tensors.
@@ -135,3 +138,4 @@ def check_tensor_name(model: type[Message], name: str) -> None:
     if reserved is None or not leaf or leaf in reserved or "." in leaf:
         wanted = " or ".join(f"{s}.<name>" for s in model.tensor_sections)
         raise ProblemError(field_name(name), "a tensor of that name", wanted)
+    return section if section in model.model_fields else None

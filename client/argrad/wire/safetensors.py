@@ -6,19 +6,23 @@
 
 The header is padded with spaces so that the data begin at a multiple of 64, and wider dtypes come first: so every
 tensor is aligned in a buffer that is. Files of the `safetensors` package are read, and it reads ours.
+
+A caller sends the same layout again and again, with other numbers: what a header says of its tensors is remembered, as
+it is written and as it was read, for short headers and not many.
 Format: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import orjson
 import torch
 from torch import Tensor
 
-from argrad.errors import ProblemError
+from argrad.errors import ArgradError, ProblemError
 from argrad.validation import field_name, in_words
 from argrad.wire.documents import parse_header
 from argrad.wire.errors import UnreadableBodyError
@@ -34,8 +38,21 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _WANTED_DTYPES = "F64 or F32 (I64 for counts)"
 
+_REMEMBERED = 128
+"""Layouts of short headers."""
+
+_SHORT = 4096
+"""Bytes of a header up to which it is short,"""
+
+_FEW = 40
+"""and the tensors that one has room for."""
+
+_OPENING = b'{"__metadata__":{"argrad":'
+"""How headers of ours begin."""
+
 Buffers = list[bytes | memoryview]
-Entry = tuple[int, int, torch.dtype, list[int]]  # begin, end, dtype, shape
+Entry = tuple[int, int, torch.dtype, tuple[int, ...]]  # begin, end, dtype, shape
+Outline = tuple[str, torch.dtype, torch.Size]
 
 
 def write(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Buffers:
@@ -52,23 +69,34 @@ def write(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Buffers
     Raises:
         ProblemError: a tensor has another dtype.
     """
-    header: dict[str, Any] = {_METADATA: metadata}
-    buffers: Buffers = [b""]
-    offset = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        dtype = _NAMES.get(tensor.dtype)
-        if dtype is None:
-            raise ProblemError(name, f"dtype {tensor.dtype}", "torch.float64 or torch.float32")
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": dtype, "shape": tuple(tensor.shape), "data_offsets": (offset, end)}
-        if end > offset:
-            array: Any = tensor.detach().cpu().contiguous().numpy()
-            buffers.append(memoryview(array).cast("B"))
-        offset = end
-    text = orjson.dumps(header)
+    outlines = tuple([(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
+    names, rest = (_layout if len(outlines) <= _FEW else _layout.__wrapped__)(outlines)
+    text = b'{"__metadata__":%b%b' % (orjson.dumps(metadata), rest)
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    buffers[0] = len(text).to_bytes(8, "little") + text
-    return buffers
+    return [len(text).to_bytes(8, "little") + text, *[_bytes_of(tensors[name]) for name in names]]
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _layout(outlines: Sequence[Outline]) -> tuple[list[str], bytes]:
+    """Names of the tensors that are not empty in the order of their data, and the header from behind its metadata."""
+    header: dict[str, Any] = {}
+    names, offset = [], 0
+    for name, dtype, shape in sorted(outlines, key=lambda outline: -outline[1].itemsize):
+        if dtype not in _NAMES:
+            raise ProblemError(name, f"dtype {dtype}", "torch.float64 or torch.float32")
+        end = offset + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": tuple(shape), "data_offsets": (offset, end)}
+        if end > offset:
+            names.append(name)
+        offset = end
+    return names, b"," + orjson.dumps(header)[1:] if header else b"}"
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
+        tensor = tensor.detach().cpu().contiguous()
+    array: Any = tensor.numpy()
+    return memoryview(array).cast("B")
 
 
 def read(
@@ -89,15 +117,58 @@ def read(
         ProblemError: a tensor in half precision.
     """
     view = memoryview(body)
-    header, start = _read_header(view, max_header_bytes)
-    metadata = _check_metadata(header.pop(_METADATA, {}))
-    entries = {name: _check_entry(name, entry) for name, entry in header.items()}
-    _check_coverage(entries, len(view) - start)
+    text, start = _header_of(view, max_header_bytes)
+    known = _known(text, len(view) - start) if len(text) <= _SHORT else None
+    if known is not None:
+        metadata, entries = known
+    else:
+        header = _parsed(text)
+        metadata = _check_metadata(header.pop(_METADATA, {}))
+        entries = _checked(header, len(view) - start)
     data = bytearray(view) if view.readonly else body
     return metadata, {name: _view(data, start, entry) for name, entry in entries.items()}
 
 
-def _read_header(view: memoryview, max_header_bytes: int) -> tuple[dict[str, Any], int]:
+def _known(text: bytes, size: int) -> tuple[dict[str, str], Mapping[str, Entry]] | None:
+    """What a header of ours says, quicker where its tensors are as before; None of any other header.
+
+    The metadata of ours is one string of JSON; behind it the header is the same for all messages of one layout.
+    """
+    end = text.find(b'"},"', len(_OPENING))
+    if end < 0 or not text.startswith(_OPENING) or text[end - 1 : end] == b"\\":
+        return None
+    try:
+        document = orjson.loads(text[len(_OPENING) : end + 1])
+        entries = _entries(text[end + 3 :], size)
+    except (orjson.JSONDecodeError, ArgradError):
+        return None  # whoever reads the whole header says what is wrong with it
+    return ({"argrad": document}, entries) if isinstance(document, str) else None
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _entries(members: bytes, size: int) -> Mapping[str, Entry]:
+    """What the members of a header behind its metadata say, the brace that ends it included."""
+    header = _parsed(b"{" + members)
+    if _METADATA in header:
+        raise UnreadableBodyError("header", "the metadata twice", "once")
+    return _checked(header, size)
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    header = parse_header("header", text)
+    if not isinstance(header, dict):
+        raise UnreadableBodyError("header", in_words(header), "a JSON object")
+    return header
+
+
+def _checked(header: Mapping[str, Any], size: int) -> dict[str, Entry]:
+    """Entries of a header in front of so many bytes of data."""
+    entries = {name: _check_entry(name, entry) for name, entry in header.items()}
+    _check_coverage(entries, size)
+    return entries
+
+
+def _header_of(view: memoryview, max_header_bytes: int) -> tuple[bytes, int]:
     if len(view) < 8:
         raise UnreadableBodyError("body", f"{len(view)} bytes", "at least the 8 bytes of the header's length")
     length = int.from_bytes(view[:8], "little")
@@ -106,10 +177,7 @@ def _read_header(view: memoryview, max_header_bytes: int) -> tuple[dict[str, Any
     start = 8 + length
     if start > len(view):
         raise UnreadableBodyError("body", f"{len(view)} bytes", f"at least {start}, as the header's length says")
-    header = parse_header("header", bytes(view[8:start]))
-    if not isinstance(header, dict):
-        raise UnreadableBodyError("header", in_words(header), "a JSON object")
-    return header, start
+    return bytes(view[8:start]), start
 
 
 def _check_metadata(metadata: object) -> dict[str, str]:
@@ -140,7 +208,7 @@ def _check_entry(name: str, entry: object) -> Entry:
         found = f"data_offsets {_numbers(offsets)}"
         wanted = f"{elements * dtype.itemsize} bytes, as dtype {_NAMES[dtype]} and shape {_numbers(shape)} need"
         raise UnreadableBodyError(field_name(name), found, wanted)
-    return begin, end, dtype, shape
+    return begin, end, dtype, tuple(shape)
 
 
 def _check_dtype(name: str, dtype: object) -> torch.dtype:
