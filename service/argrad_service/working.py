@@ -35,6 +35,7 @@ class Engine(Protocol):
         warm_start: Solution | None = ...,
         device: torch.device | None = ...,
         prepared: Prepared | None = ...,
+        check: Callable[[], None] | None = ...,
     ) -> Outcome:
         """Solve a batch."""
         ...

@@ -8,7 +8,7 @@ rounds the result to the dtype that the caller sent.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, cast
@@ -71,6 +71,7 @@ def solve(
     warm_start: Solution | None = None,
     device: torch.device | None = None,
     prepared: Prepared | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Outcome:
     """Solve a batch of problems.
 
@@ -82,6 +83,8 @@ def solve(
         device: Where to solve; by default `default_device()`.
         prepared: Keeps what the next solve with the same parameters reuses: the symmetric part of Q, the stacked rows,
             and the factors of `pivoting` on the CPU. The result is the same to the last bit.
+        check: Looks at the values of a problem that nobody has looked at, and raises if one is not finite. The compiled
+            kernels find such values by themselves: where they solve the whole batch it is not called.
 
     Returns:
         Verdict, solution and residuals of each problem. No problem's verdict is an exception, and no problem's failure
@@ -97,7 +100,13 @@ def solve(
     problem, data = _prepare(problem, device, prepared)
     warm = None if warm_start is None else _guess(data, warm_start)
     chosen, options = find_solver(solver, data, options, warm)
-    point = chosen.module.solve(data, options, warm)
+    if check is None:
+        point = chosen.module.solve(data, options, warm)
+    elif chosen.module is pivoting and data.q.device.type == "cpu":
+        point = pivoting.solve_compiled(data, options, check)
+    else:
+        check()
+        point = chosen.module.solve(data, options, warm)
     name = chosen.name
     if solver == AUTO and name != FALLBACK and point.is_fallback is None:
         _fall_back(data, point, options)

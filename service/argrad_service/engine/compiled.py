@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 from argrad_service.engine.active_set import Rows
 from argrad_service.engine.data import Data, Residuals
 from argrad_service.engine.kernels import batch as kernels
-from argrad_service.engine.kernels.active_set import NOT_DEFINITE, SOLVED, UNDECIDED
+from argrad_service.engine.kernels import small
+from argrad_service.engine.kernels.active_set import NOT_DEFINITE
 from argrad_service.engine.kernels.lapack import LETTERS, Lapack, load
 from argrad_service.engine.kernels.pool import blas_for, over_batch
 from argrad_service.engine.options import ShouldStop, never_stop
-from argrad_service.engine.point import Finished
+from argrad_service.engine.point import Finished, RowsFactor
 
 Array = NDArray[np.float64]
 
@@ -65,6 +66,9 @@ class Solved:
         steps: `(B,)`, rounds of pivoting and steps of the dual active set.
         code: `(B,)`, of `kernels.active_set`.
         factors: Of the problems that were solved.
+        is_whole: Whether every problem was solved; what follows is known then.
+        width: Most active rows of a problem.
+        worst: Largest scaled residual.
     """
 
     active: Tensor
@@ -75,6 +79,9 @@ class Solved:
     steps: Tensor
     code: Tensor
     factors: Factors
+    is_whole: bool
+    width: int
+    worst: float
 
 
 def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
@@ -89,7 +96,8 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
     """
     Q, q, C, d = (_array(t) for t in (data.Q, data.q, data.C, data.d))
     batch, n, r = data.B, data.n, d.shape[1]
-    most = min(r, n)
+    most, is_small = min(r, n), _is_small(n, r)
+    takes_gram = is_small or r <= n
     lapack, work = _lapack(), (np.zeros(4, np.int32), LETTERS, np.zeros(2))
     shares_q, shares_both = len(Q) == 1, len(Q) == len(C) == 1
     prepared, sources = data.prepared, (data.Q, data.C)
@@ -98,7 +106,7 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
         count = 1 if shares_both else batch
         is_kept = prepared is not None and prepared.knows(sources)
         L, X, scale = np.empty((1 if shares_q else batch, n, n)), np.empty((count, r, n)), np.empty((count, r))
-        gram = np.empty((count, r, r) if r <= n and (shares_both or is_kept) else (0, 0, 0))
+        gram = np.empty((count, r, r) if takes_gram and (shares_both or is_kept) else (0, 0, 0))
     else:
         L, X, scale, gram = ready
     factors = Factors(
@@ -117,23 +125,24 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
         is_definite = ready is not None or not shares_q or kernels.factor_hessian(lapack, Q[0], L[0], work)
         if is_definite and shares_both and ready is None:
             kernels.whiten(lapack, L[0], C[0], X[0], scale[0], work)
-            if r <= n:
+            if takes_gram:
                 kernels.full_gram(lapack, X[0], gram[0], work)
     if is_definite:
         f = factors
-        outputs = (f.L, f.X, f.scale, gram, f.S, f.index, f.count, active, z, y, s, report, steps, code)
+        arrays = (f.L, f.X, f.scale, gram, f.S, f.index, f.count, active, z, y, s, report, steps, code)
+        given = (Q, q, C, d, data.p, ready is not None, *arrays)
 
         def run(start: int, stop: int) -> None:
-            kernels.solve_range(lapack, LETTERS, start, stop, Q, q, C, d, data.p, ready is not None, *outputs)
+            if is_small:
+                small.solve_small_range(start, stop, *given)
+            else:
+                kernels.solve_range(lapack, LETTERS, start, stop, *given)
 
         whitening = 0.0 if ready is not None else r * n * n + r * r * n
-        over_batch(run, batch, work=n**3 / 3 + whitening + 1e3, should_stop=should_stop)
-        # Every comparison with NaN is false: what overflowed would pass as solved.
-        if not (np.isfinite(report).all() and np.isfinite(z).all()):
-            overflowed = ~(np.isfinite(report).all(axis=1) & np.isfinite(z).all(axis=1))
-            code[overflowed & (code == SOLVED)] = UNDECIDED
+        over_batch(run, batch, work=n**3 / 3 + whitening + 1e3, should_stop=should_stop, uses_blas=not is_small)
         if ready is None and prepared is not None and not (code == NOT_DEFINITE).any():
             prepared.keep(_WHITENED, sources, (L, X, scale, gram))
+    is_whole, width, worst = kernels.summarise(code, factors.count, report)
     return Solved(
         active=torch.from_numpy(active),
         z=torch.from_numpy(z),
@@ -143,22 +152,31 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
         steps=torch.from_numpy(steps),
         code=torch.from_numpy(code),
         factors=factors,
+        is_whole=is_whole,
+        width=width,
+        worst=worst,
     )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CompiledFactor:
+class CompiledFactor(RowsFactor):
     """The KKT systems of a batch whose every problem the kernels solved; stands in for an `ActiveSetFactor`.
 
     Args:
         data: The problems.
         factors: What the kernels left.
-        rows: The active rows.
+        width: Most active rows of a problem.
     """
 
     data: Data
     factors: Factors
-    rows: Rows
+    width: int
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The active rows."""
+        count, index = torch.from_numpy(self.factors.count), torch.from_numpy(self.factors.index)
+        return Rows(index=index[:, : self.width], valid=torch.arange(self.width) < count.unsqueeze(-1))
 
     @property
     def is_dependent(self) -> Tensor:
@@ -178,8 +196,7 @@ class CompiledFactor:
 
     def cut(self, start: int, stop: int) -> CompiledFactor:
         """Copies of what belongs to the problems from start to stop, of more than one."""
-        data, factors, rows = self.data.cut(start, stop), self.factors.cut(start, stop), self.rows.cut(start, stop)
-        return CompiledFactor(data=data, factors=factors, rows=rows)
+        return CompiledFactor(data=self.data.cut(start, stop), factors=self.factors.cut(start, stop), width=self.width)
 
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Solve for j right-hand sides a problem.
@@ -191,38 +208,63 @@ class CompiledFactor:
         Returns:
             x `(B, n, j)`, y `(B, k, j)`, and the relative residual of each problem `(B,)`.
         """
+        full = self.rows.scatter(r2.transpose(1, 2).transpose(0, 1), self.data.d.shape[1]).transpose(0, 1)
+        x, y, error = self.solve_rows(r1.transpose(1, 2), full)
+        return x.transpose(1, 2), self.rows.gather(y.transpose(0, 1)).permute(1, 2, 0), error
+
+    def solve_rows(self, r1: Tensor, r2: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve for j right-hand sides a problem, on all rows at once.
+
+        Args:
+            r1: `(B, j, n)`.
+            r2: `(B, j, p + m)`, of which the active rows are looked at; None for zeros.
+
+        Returns:
+            x `(B, j, n)`, y `(B, j, p + m)`, zero on rows that are not active, and the relative residuals `(B,)`.
+        """
         data, f = self.data, self.factors
-        batch, n, count = r1.shape
-        k, most = r2.shape[1], f.S.shape[1]
-        right = np.zeros((batch, count, most))
-        right[:, :, :k] = r2.transpose(1, 2).numpy()
-        x, y, error = np.empty((batch, count, n)), np.empty((batch, count, most)), np.empty(batch)
-        Q, C, left = _array(data.Q), _array(data.C), _array(r1.transpose(1, 2))
-        lapack = _lapack()
+        batch, count, n = r1.shape
+        rows = data.d.shape[1]
+        right = np.empty((0, 0, 0)) if r2 is None else _array(r2)
+        x, y, error = np.empty((batch, count, n)), np.zeros((batch, count, rows)), np.empty(batch)
+        lapack, is_small = _lapack(), _is_small(n, rows)
+        given = (
+            _array(data.Q),
+            _array(data.C),
+            f.L,
+            f.X,
+            f.scale,
+            f.S,
+            f.index,
+            f.count,
+            _array(r1),
+            right,
+            x,
+            y,
+            error,
+        )
 
         def run(start: int, stop: int) -> None:
-            kernels.differentiate_range(
-                lapack, LETTERS, start, stop, Q, C, f.L, f.X, f.scale, f.S, f.index, f.count, left, right, x, y, error
-            )
+            if is_small:
+                small.differentiate_small_range(start, stop, *given)
+            else:
+                kernels.differentiate_range(lapack, LETTERS, start, stop, *given)
 
-        over_batch(run, batch, work=count * (6.0 * n * n + 1e3))
-        out = torch.from_numpy(x).transpose(1, 2), torch.from_numpy(y)[:, :, :k].transpose(1, 2)
-        return *out, torch.from_numpy(error)
+        over_batch(run, batch, work=count * (6.0 * n * n + 1e3), uses_blas=not is_small)
+        return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(error)
 
 
 def finish(data: Data, solved: Solved) -> Finished:
     """Everything that a batch needs whose every problem was solved: nothing is left to compute."""
     names = ("primal", "dual", "gap", "objective", "scaled")
     judged = Residuals(**dict(zip(names, solved.report.unbind(1), strict=True)))
-    return Finished(factor=factor_of(data, solved.factors), s=solved.s, judged=judged)
+    factor = CompiledFactor(data=data, factors=solved.factors, width=solved.width)
+    return Finished(factor=factor, s=solved.s, judged=judged, worst=solved.worst)
 
 
 def factor_of(data: Data, factors: Factors) -> CompiledFactor:
     """The KKT systems of problems that the kernels solved."""
-    count, index = torch.from_numpy(factors.count), torch.from_numpy(factors.index)
-    width = int(count.amax())
-    rows = Rows(index=index[:, :width], valid=torch.arange(width) < count.unsqueeze(-1))
-    return CompiledFactor(data=data, factors=factors, rows=rows)
+    return CompiledFactor(data=data, factors=factors, width=int(factors.count.max()))
 
 
 def join_factors(parts: Sequence[Factors], counts: Sequence[int]) -> Factors:
@@ -242,6 +284,10 @@ def join_factors(parts: Sequence[Factors], counts: Sequence[int]) -> Factors:
         index=np.concatenate([part.index for part in parts]),
         count=np.concatenate([part.count for part in parts]),
     )
+
+
+def _is_small(n: int, rows: int) -> bool:
+    return n <= small.MOST_VARIABLES and rows <= small.MOST_ROWS
 
 
 @lru_cache(maxsize=1)

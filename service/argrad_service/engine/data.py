@@ -65,6 +65,7 @@ class Data:
         tau: `(B,)`, τ > 0, or None without entropy.
         full_G: With entropy, G as it was given: in C the rows that z ≥ 0 implies cannot bind.
         prepared: What solvers keep for the next solve with the same Q and C.
+        has_free: Whether h was +inf in some row, or implied by an entropy.
     """
 
     Q: Tensor
@@ -76,6 +77,7 @@ class Data:
     tau: Tensor | None = None
     full_G: Tensor | None = None  # noqa: N815 - the field's letter
     prepared: Prepared | None = None
+    has_free: bool = False
 
     @property
     def kind(self) -> str:
@@ -153,20 +155,24 @@ def stack(problem: QP, prepared: Prepared | None = None) -> Data:
     def matrix(tensor: Tensor | None) -> Tensor:
         if tensor is None:
             return problem.q.new_zeros(1, 0, n)
-        return tensor.reshape(-1, *tensor.shape[-2:])
+        return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
 
     def vector(tensor: Tensor | None) -> Tensor:
         if tensor is None:
             return problem.q.new_zeros(batch, 0)
-        return tensor.reshape(-1, tensor.shape[-1]).expand(batch, -1)
+        return (
+            tensor
+            if tensor.ndim == 2 and len(tensor) == batch
+            else tensor.reshape(-1, tensor.shape[-1]).expand(batch, -1)
+        )
 
     if problem.Q is None:
         Q = problem.q.new_zeros(1, n, n)
     else:
         Q = kept(prepared, "symmetric", [problem.Q], lambda: _symmetric(matrix(problem.Q)))
-    G, h, A, b = matrix(problem.G), vector(problem.h), matrix(problem.A), vector(problem.b)
+    G, h = matrix(problem.G), vector(problem.h)
     full_G = G
-    free = torch.isinf(h) if problem.entropy is None else torch.isinf(h) | _is_implied(G, h)
+    free = h == torch.inf if problem.entropy is None else (h == torch.inf) | _is_implied(G, h)
     has_free = bool(free.any())
     if has_free:
         shared = free[:1] if bool((free == free[:1]).all()) else free
@@ -174,9 +180,18 @@ def stack(problem: QP, prepared: Prepared | None = None) -> Data:
         h = torch.where(free, torch.ones_like(h), h)
     # Rows that cannot bind depend on more than the matrices: nothing is kept where there are some.
     made_of = [t for t in (problem.A, problem.G) if t is not None]
-    C = kept(None if has_free or not made_of else prepared, "rows", made_of, lambda: _below(A, G))
-    d = torch.cat([b, h], dim=1)
-    data = Data(Q=Q, q=vector(problem.q), C=C, d=d, p=problem.p, is_linear=problem.Q is None, prepared=prepared)
+    C = kept(None if has_free or not made_of else prepared, "rows", made_of, lambda: _below(matrix(problem.A), G))
+    d = h if problem.b is None else torch.cat([vector(problem.b), h], dim=1)
+    data = Data(
+        Q=Q,
+        q=vector(problem.q),
+        C=C,
+        d=d,
+        p=problem.p,
+        is_linear=problem.Q is None,
+        prepared=prepared,
+        has_free=has_free,
+    )
     if problem.entropy is None:
         return data
     return replace(data, tau=problem.entropy.reshape(-1).expand(batch), full_G=full_G)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -63,6 +64,14 @@ class KKTSystem(Protocol):
         ...
 
 
+class RowsFactor(ABC):
+    """A `KKTSystem` that takes right-hand sides of all rows as they are, without a gather and a scatter."""
+
+    @abstractmethod
+    def solve_rows(self, r1: Tensor, r2: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve for r₁ `(B, j, n)`, r₂ `(B, j, p + m)`, None for zeros; results likewise, and the relative residual."""
+
+
 @runtime_checkable
 class Divisible(Protocol):
     """A `KKTSystem` from which problems can be taken out."""
@@ -115,11 +124,13 @@ class Finished:
         factor: KKT system of the active sets.
         s: Slacks `(B, m)`, zero on active rows.
         judged: Residuals of the point.
+        worst: Largest scaled residual.
     """
 
     factor: KKTSystem
     s: Tensor
     judged: Residuals
+    worst: float
 
 
 @dataclass(kw_only=True, eq=False)

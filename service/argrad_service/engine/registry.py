@@ -251,7 +251,7 @@ def find_solver(name: str, data: Data, options: SolverOptions, warm: Guess | Non
         if options.own:
             raise ProblemError("solver.options", "options for auto", "a solver by name, for each has its own")
         solver = SOLVERS[choose(data, lambda able: suits(able, data, warm))]
-        return solver, replace(options, own=solver.module.Options())
+        return solver, replace(options, own=_defaults(solver.module.Options))
     if name not in SOLVERS:
         raise ProblemError("solver.name", repr(name), f"one of {', '.join([AUTO, *SOLVERS])}")
     solver = SOLVERS[name]
@@ -267,6 +267,11 @@ def find_solver(name: str, data: Data, options: SolverOptions, warm: Guess | Non
     if not isinstance(own, OwnOptions):
         own = read_options(solver.module.Options, own, inside="solver.options")
     return solver, replace(options, own=own)
+
+
+@lru_cache(maxsize=64)
+def _defaults(options: type[OwnOptions]) -> OwnOptions:
+    return options()
 
 
 def suits(name: str, data: Data, warm: Guess | None) -> bool:
@@ -290,12 +295,12 @@ def find_method(
         ProblemError: there is none, it does not work with the solver or the kind of problem, it has no forward mode,
             or an option is wrong.
     """
-    able = [method.name for method in METHODS.values() if _is_able(method, forward, is_jvp)]
+    able = _able(forward.solver, forward.data.kind, is_jvp)
     own = own or {}
     if name == AUTO:
         if own:
             raise ProblemError("differentiation.options", "options for auto", "a method by name, for each has its own")
-        return METHODS[able[0]], OwnOptions()
+        return METHODS[able[0]], _defaults(OwnOptions)
     if name not in able:
         what = f"{forward.data.kind} problems solved by {forward.solver}" + (", in forward mode" if is_jvp else "")
         wanted = f"one of {', '.join([AUTO, *able])} for {what}"
@@ -304,9 +309,15 @@ def find_method(
     return method, read_options(method.module.Options, own, inside="differentiation.options")
 
 
-def _is_able(method: Method, forward: Forward, is_jvp: bool) -> bool:
-    pairs = method.name in SOLVERS[forward.solver].methods if forward.solver in SOLVERS else method.takes_points
-    return pairs and forward.data.kind in method.kinds and (method.has_jvp or not is_jvp)
+@lru_cache(maxsize=256)
+def _able(solver: str, kind: str, is_jvp: bool) -> list[str]:
+    """The methods that work at what a solver, or who is none, has found of problems of a kind."""
+
+    def is_able(method: Method) -> bool:
+        pairs = method.name in SOLVERS[solver].methods if solver in SOLVERS else method.takes_points
+        return pairs and kind in method.kinds and (method.has_jvp or not is_jvp)
+
+    return [method.name for method in METHODS.values() if is_able(method)]
 
 
 def describe() -> list[dict[str, Any]]:

@@ -30,12 +30,14 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
         solver: Name of the solver that ran.
     """
     done = point.finished
-    if done is not None and bool((done.judged.scaled <= options.tolerance).all()):
-        h = _inequality_bounds(problem, data.B)
-        s = torch.where(torch.isinf(h), h, done.s)
+    if done is not None and done.worst <= options.tolerance:
+        s = done.s
+        if data.has_free:
+            h = _inequality_bounds(problem, data.B)
+            s = torch.where(torch.isinf(h), h, s)
         is_optimal = torch.ones(data.B, dtype=torch.bool, device=data.q.device)
         kkt = KKTFactor(factor=done.factor, is_optimal=is_optimal, is_weak=~is_optimal, is_regular=True)
-        return _outcome(problem, point, kkt, (point.z, point.y, s), done.judged, point.status, {}, solver, options)
+        return _outcome(problem, point, kkt, (point.z, point.y, s), done.judged, None, {}, solver, options)
     is_optimal = point.status == CODE[Status.OPTIMAL]
     active = point.active & (is_optimal.unsqueeze(-1) | _equalities(data))
     guess = Guess(active=active, z=point.z, y=point.y)
@@ -96,7 +98,7 @@ def _outcome(
     kkt: KKTFactor,
     solution: tuple[Tensor, Tensor, Tensor],
     judged: Residuals,
-    status: Tensor,
+    status: Tensor | None,
     flags: dict[Flag, Tensor],
     solver: str,
     options: SolverOptions,
@@ -107,7 +109,7 @@ def _outcome(
         problem=problem,
         data=kkt.factor.data,
         solution=Solution(z=z, nu=y[:, :p], lam=y[:, p:], s=s),
-        status=tuple(STATUSES[code] for code in status.tolist()),
+        status=(Status.OPTIMAL,) * len(z) if status is None else tuple(STATUSES[code] for code in status.tolist()),
         flags=name_flags(flags, len(z)),
         iterations=point.iterations.cpu(),
         primal_residual=judged.primal.cpu(),

@@ -164,7 +164,8 @@ def finish_structured(data: Data, structure: Structure, point: Point) -> None:
     if bool((is_weak | factor.is_dependent).any()):
         return
     point.z, point.y = z, y
-    point.finished = Finished(factor=factor, s=s, judged=residuals(data, z, y))
+    judged = residuals(data, z, y)
+    point.finished = Finished(factor=factor, s=s, judged=judged, worst=float(judged.scaled.amax()))
 
 
 def _solution(factor: StructuredFactor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,15 +24,22 @@ class Cotangents:
 
     Args:
         g_z: `(k, B, n)`, the caller's less Gᵀg_s.
-        g_y: `(k, B, p + m)`, of [ν; λ].
         g_s: `(k, B, m)`, or None; `conclude_adjoint` subtracts it from μ.
         has_k: Whether the caller gave k.
+        on_rows: Of [ν; λ], `(k, B, p + m)`, or the number of these where they have none.
     """
 
     g_z: Tensor
-    g_y: Tensor
     g_s: Tensor | None
     has_k: bool
+    on_rows: Tensor | int
+
+    @cached_property
+    def g_y(self) -> Tensor:
+        """Of [ν; λ], `(k, B, p + m)`."""
+        return (
+            self.on_rows if isinstance(self.on_rows, Tensor) else self.g_z.new_zeros(*self.g_z.shape[:2], self.on_rows)
+        )
 
     @property
     def count(self) -> int:
@@ -42,8 +50,9 @@ class Cotangents:
 def read_cotangents(data: Data, upstream: Mapping[str, Tensor]) -> Cotangents:
     """Cotangents of `z`, `nu`, `lam`, `s`, each `(B, ·)` or `(k, B, ·)` with one k; absent means zero."""
     given = {name: block.to(data.q) for name, block in upstream.items()}
-    has_k = next(iter(given.values())).ndim == 3
-    count = next(iter(given.values())).shape[0] if has_k else 1
+    first = next(iter(given.values()))
+    has_k = first.ndim == 3
+    count = first.shape[0] if has_k else 1
     sizes = {"z": data.n, "nu": data.p, "lam": data.m, "s": data.m}
 
     def cotangent(name: str) -> Tensor:
@@ -52,11 +61,14 @@ def read_cotangents(data: Data, upstream: Mapping[str, Tensor]) -> Cotangents:
             return data.q.new_zeros(count, data.B, sizes[name])
         return block if has_k else block.unsqueeze(0)
 
-    g_z, g_y = cotangent("z"), torch.cat([cotangent("nu"), cotangent("lam")], dim=-1)
+    g_z, on_rows = cotangent("z"), data.p + data.m
     g_s = cotangent("s") if "s" in given else None
     if g_s is not None:
         g_z = g_z - (g_s.transpose(0, 1) @ data.given_G).transpose(0, 1)
-    return Cotangents(g_z=g_z, g_y=g_y, g_s=g_s, has_k=has_k)
+    if "nu" not in given and "lam" not in given:
+        return Cotangents(g_z=g_z, g_s=g_s, has_k=has_k, on_rows=on_rows)
+    g_y = torch.cat([cotangent("nu"), cotangent("lam")], dim=-1)
+    return Cotangents(g_z=g_z, g_s=g_s, has_k=has_k, on_rows=g_y)
 
 
 def conclude_adjoint(
@@ -84,9 +96,10 @@ def conclude_adjoint(
     mu = d_y[..., data.p :]
     if cotangents.g_s is not None:
         mu = mu - cotangents.g_s
-    on_dependent = kkt.factor.is_dependent
-    if not kkt.is_regular:
-        on_dependent = on_dependent & (kkt.factor.rows.gather(cotangents.g_y) != 0).any(-1).any(0)
+
+    def on_dependent() -> Tensor:
+        return kkt.factor.is_dependent & (kkt.factor.rows.gather(cotangents.g_y) != 0).any(-1).any(0)
+
     status, is_refused = verdicts(forward, error, on_dependent)
     blocks = {"z": d_z, "nu": d_y[..., : data.p], "mu": mu}
     if is_refused is not None:
@@ -103,13 +116,15 @@ def conclude_adjoint(
     )
 
 
-def verdicts(forward: Forward, error: Tensor, on_dependent: Tensor) -> tuple[tuple[str, ...], Tensor | None]:
+def verdicts(
+    forward: Forward, error: Tensor, on_dependent: Callable[[], Tensor]
+) -> tuple[tuple[str, ...], Tensor | None]:
     """Of each problem `ok` or why it has no gradient, and the mask of those that have none, or None if all have one.
 
     Args:
         forward: What was differentiated.
         error: `(B,)`, relative residual of the answer.
-        on_dependent: `(B,)`, problems in which multipliers that are not unique were asked about.
+        on_dependent: Finds the problems, `(B,)`, in which multipliers that are not unique were asked about.
     """
     kkt = forward.factor
     is_accurate = error <= INACCURATE
@@ -117,7 +132,7 @@ def verdicts(forward: Forward, error: Tensor, on_dependent: Tensor) -> tuple[tup
         return ("ok",) * len(forward.status), None
     reasons = {
         "nonunique": kkt.factor.is_nonunique,
-        "dependent": on_dependent,
+        "dependent": on_dependent(),
         "inaccurate": ~is_accurate,
     }
     is_refused = ~kkt.is_optimal

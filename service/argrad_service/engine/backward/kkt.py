@@ -25,6 +25,7 @@ from argrad_service.engine.backward.adjoints import conclude_adjoint, gradient_f
 from argrad_service.engine.data import matvec
 from argrad_service.engine.options import OwnOptions
 from argrad_service.engine.outcome import Backward, Forward, Tangents
+from argrad_service.engine.point import RowsFactor
 
 NAME = "kkt"
 
@@ -44,6 +45,11 @@ def vjp(forward: Forward, upstream: Mapping[str, Tensor], options: Options) -> B
     """
     data, factor = forward.data, forward.factor.factor
     given = read_cotangents(data, upstream)
+    if isinstance(factor, RowsFactor):
+        on_rows = -given.on_rows.transpose(0, 1) if isinstance(given.on_rows, Tensor) else None
+        d_z, full, error = factor.solve_rows(-given.g_z.transpose(0, 1), on_rows)
+        d_z, full = d_z.transpose(0, 1), full.transpose(0, 1)
+        return conclude_adjoint(forward, given, d_z, full, error=error, method=NAME)
     d_z, d_y, error = factor.solve(-given.g_z.permute(1, 2, 0), -factor.rows.gather(given.g_y).permute(1, 2, 0))
     full = factor.rows.scatter(d_y.permute(2, 0, 1), data.d.shape[1])
     return conclude_adjoint(forward, given, d_z.permute(2, 0, 1), full, error=error, method=NAME)
@@ -89,7 +95,7 @@ def jvp(forward: Forward, tangents: Mapping[str, Tensor], options: Options) -> T
     is_active = rows.scatter(rows.valid.to(dz.dtype), data.d.shape[1])[:, data.p :] > 0
     ds = torch.where(is_active, 0.0, room - matvec(data.given_G, dz))
     # Dependent rows have tangents only where the perturbed rows stay consistent; the residual tells.
-    status, is_refused = verdicts(forward, error, torch.zeros_like(kkt.is_weak))
+    status, is_refused = verdicts(forward, error, lambda: torch.zeros_like(kkt.is_weak))
     refused = torch.zeros_like(kkt.is_weak).unsqueeze(-1) if is_refused is None else is_refused.unsqueeze(-1)
     hidden = refused | factor.is_dependent.unsqueeze(-1)
     solution = Solution(

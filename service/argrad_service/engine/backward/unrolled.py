@@ -84,7 +84,7 @@ def vjp(forward: Forward, upstream: Mapping[str, Tensor], options: Options) -> B
     z = torch.full_like(forward.solution.z, torch.nan)
     index = torch.nonzero(forward.factor.is_optimal).squeeze(-1)
     if len(index):
-        part = replace(given, g_z=given.g_z[:, index], g_y=given.g_y[:, index])
+        part = replace(given, g_z=given.g_z[:, index], on_rows=given.g_y[:, index])
         counts = _counts(forward)[index]
         if options.iterations is not None:
             counts = torch.full_like(counts, options.iterations)

@@ -10,7 +10,11 @@ start: not used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
 
 from argrad.problems import Status
 from argrad_service.engine.data import Data, residuals
@@ -19,6 +23,9 @@ from argrad_service.engine.forward.fallback import fall_back
 from argrad_service.engine.forward.masked_pivoting import solve_masked
 from argrad_service.engine.options import OwnOptions, SolverOptions
 from argrad_service.engine.point import CODE, NEAR, Point
+
+if TYPE_CHECKING:
+    from argrad_service.engine import compiled
 
 Options = OwnOptions
 
@@ -36,7 +43,7 @@ def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # n
         Stopped: options.should_stop() was true.
     """
     if data.q.device.type == "cpu":
-        return _solve_compiled(data, options)
+        return solve_compiled(data, options)
     point, rest = solve_masked(data, options)
     fall_back(data, rest, point, options)
     return point
@@ -57,43 +64,53 @@ def take_over(data: Data, guess: Guess, options: SolverOptions) -> Point | None:
         Stopped: options.should_stop() was true.
     """
     from argrad_service.engine import compiled
-    from argrad_service.engine.kernels.active_set import SOLVED
 
     if not bool((residuals(data, guess.z, guess.y).scaled <= NEAR).all()):
         return None
     solved = compiled.solve_batch(data, options.should_stop)
-    if not bool((solved.code == SOLVED).all()):
-        return None
+    return _whole(data, solved, torch.zeros_like(solved.steps)) if solved.is_whole else None
+
+
+def _whole(data: Data, solved: compiled.Solved, iterations: Tensor) -> Point:
+    """The point of a batch whose every problem the kernels solved."""
+    from argrad_service.engine import compiled
+
     return Point(
         active=solved.active,
         z=solved.z,
         y=solved.y,
-        iterations=torch.zeros_like(solved.steps),
+        iterations=iterations,
         status=torch.full_like(solved.code, CODE[Status.OPTIMAL]),
-        is_exact=solved.code == SOLVED,
+        is_exact=torch.ones_like(solved.code, dtype=torch.bool),
         finished=compiled.finish(data, solved),
     )
 
 
-def _solve_compiled(data: Data, options: SolverOptions) -> Point:
+def solve_compiled(data: Data, options: SolverOptions, check: Callable[[], None] = lambda: None) -> Point:
+    """Solve on the CPU.
+
+    Args:
+        data: The problems.
+        options: See `solve`.
+        check: Called unless every problem is solved, which says that its values are finite; raises if they are not.
+    """
     # Imported when first needed: compiled kernels take a second to load, and a GPU needs none.
     from argrad_service.engine import compiled
     from argrad_service.engine.kernels.active_set import INFEASIBLE, SOLVED
 
     solved = compiled.solve_batch(data, options.should_stop)
+    if solved.is_whole:
+        return _whole(data, solved, solved.steps)
+    check()
     is_solved, is_infeasible = solved.code == SOLVED, solved.code == INFEASIBLE
-    status = torch.where(is_infeasible, CODE[Status.INFEASIBLE], CODE[Status.OPTIMAL])
     point = Point(
         active=solved.active,
         z=solved.z,
         y=solved.y,
         iterations=solved.steps,
-        status=status,
+        status=torch.where(is_infeasible, CODE[Status.INFEASIBLE], CODE[Status.OPTIMAL]),
         is_exact=is_solved,
     )
-    if bool(is_solved.all()):
-        point.finished = compiled.finish(data, solved)
-        return point
     rest = torch.nonzero(~(is_solved | is_infeasible)).squeeze(-1)
     fall_back(data, rest, point, options)
     return point

@@ -28,6 +28,9 @@ PIVOT = 1e-10
 CLEAR = 1e-7
 """A slack that stays below minus this on a dependent row proves infeasibility; between, another solver decides."""
 
+WEAK = 1e-10
+"""A row with λ ≤ WEAK ‖λ‖∞ and s ≤ WEAK (1 + |h|) is weakly active, as in `argrad_service.engine.solution`."""
+
 PATIENCE = 3
 """Rounds without a new best number of wrong rows before rows move one at a time."""
 

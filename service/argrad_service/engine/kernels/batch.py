@@ -11,6 +11,7 @@ from argrad_service.engine.kernels.active_set import (
     PIVOT,
     SOLVED,
     UNDECIDED,
+    WEAK,
     collect,
     factor_set,
     goldfarb_idnani,
@@ -18,9 +19,6 @@ from argrad_service.engine.kernels.active_set import (
 )
 from argrad_service.engine.kernels.kkt import solve_kkt
 from argrad_service.engine.kernels.lapack import cholesky, gram, solve_lower, solve_rows
-
-WEAK = 1e-10
-"""A row with λ ≤ WEAK ‖λ‖∞ and s ≤ WEAK (1 + |h|) is weakly active, as in `argrad_service.engine.solution`."""
 
 ROUNDS = 30
 """Rounds of block pivoting before the dual active set takes over."""
@@ -86,16 +84,17 @@ def _judge(Q, q, C, d, p, z, y, s, gradient, report):  # type: ignore[no-untyped
     """Slacks, and primal residual, dual residual, gap, objective and scaled residual of a point (see `data.Residuals`).
 
     Returns:
-        Whether a row is weakly active.
+        SOLVED, DEGENERATE where a row is weakly active, UNDECIDED where something is not finite.
     """
     n, r = z.shape[0], y.shape[0]
-    primal, row_size, d_size, lam_size, dy = 0.0, 0.0, 0.0, 0.0, 0.0
+    primal, row_size, d_size, lam_size, dy, total = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for i in range(r):
         value = np.dot(C[i], z)
         violation = abs(value - d[i]) if i < p else value - d[i]
         primal = max(primal, violation)
         row_size, d_size = max(row_size, abs(value)), max(d_size, abs(d[i]))
         dy += d[i] * y[i]
+        total += value + d[i]
         if i >= p:
             s[i - p] = 0.0 if y[i] > 0 else max(d[i] - value, 0.0)
             lam_size = max(lam_size, y[i])
@@ -108,7 +107,7 @@ def _judge(Q, q, C, d, p, z, y, s, gradient, report):  # type: ignore[no-untyped
     dual, term_size, zQz, qz = 0.0, 0.0, 0.0, 0.0
     for j in range(n):
         Qz = np.dot(Q[j], z)
-        zQz, qz = zQz + z[j] * Qz, qz + z[j] * q[j]
+        zQz, qz, total = zQz + z[j] * Qz, qz + z[j] * q[j], total + Qz + q[j] + gradient[j]
         dual = max(dual, abs(Qz + q[j] + gradient[j]))
         term_size = max(term_size, abs(Qz), abs(q[j]), abs(gradient[j]))
     gap = abs(zQz + qz + dy)
@@ -116,10 +115,13 @@ def _judge(Q, q, C, d, p, z, y, s, gradient, report):  # type: ignore[no-untyped
     report[4] = max(
         primal / (1 + max(row_size, d_size)), dual / (1 + term_size), gap / (1 + max(abs(zQz), abs(qz), abs(dy)))
     )
+    # Comparisons above are false of NaN: what is not finite, or has overflowed, would pass as solved.
+    if not np.isfinite(total + primal + dual + gap + zQz + qz):
+        return UNDECIDED
     for i in range(p, r):
         if y[i] <= WEAK * lam_size and s[i - p] <= WEAK * (1 + abs(d[i])):
-            return True
-    return False
+            return DEGENERATE
+    return SOLVED
 
 
 @njit(nogil=True, cache=True)
@@ -176,7 +178,8 @@ def solve_range(  # type: ignore[no-untyped-def]
         room: `(B, r − p)`, gets the slacks.
         report: `(B, 5)`, gets primal residual, dual residual, gap, objective and scaled residual.
         steps: `(B,)`, gets the rounds and steps.
-        code: `(B,)`, gets what `active_set` says; DEGENERATE where a row is weakly active.
+        code: `(B,)`, gets what `active_set` says; DEGENERATE where a row is weakly active,
+            UNDECIDED where the data are not finite.
     """
     n, r, K = q.shape[1], C.shape[1], S.shape[1]
     work = (np.zeros(4, np.int32), letters, np.zeros(2))
@@ -217,8 +220,7 @@ def solve_range(  # type: ignore[no-untyped-def]
             row = index[b, i]
             # What is negative by rounding is zero.
             y[b, row] = multipliers[i] * scale_b[row] if row < p else max(multipliers[i] * scale_b[row], 0.0)
-        if _judge(Q_b, q[b], C_b, d[b], p, z[b], y[b], room[b], r1, report[b]):
-            code[b] = DEGENERATE
+        code[b] = _judge(Q_b, q[b], C_b, d[b], p, z[b], y[b], room[b], r1, report[b])
 
 
 @njit(nogil=True, cache=True)
@@ -234,22 +236,24 @@ def differentiate_range(  # type: ignore[no-untyped-def]
         stop: One behind the last.
         Q, C, L, X, scale, S, index, count: As `solve_range` left them.
         r1: `(B, j, n)`.
-        r2: `(B, j, K)`, of the unscaled active rows.
+        r2: `(B, j, r)`, of all rows, of which the active ones are looked at; `(0, 0, 0)` for zeros.
         x: `(B, j, n)`, gets the solutions.
-        y: `(B, j, K)`, gets the multipliers of the unscaled active rows, zero behind the last.
+        y: `(B, j, r)`, gets the multipliers of the unscaled rows; comes as zeros.
         error: `(B,)`, gets the largest relative residual.
     """
     n, K = r1.shape[2], S.shape[1]
     work = (np.zeros(4, np.int32), letters, np.zeros(2))
-    scaled, scratch = np.empty(K), np.empty((3, max(K, n)))
+    scaled, multipliers, scratch = np.zeros(K), np.empty(K), np.empty((3, max(K, n)))
+    has_r2 = r2.shape[0] > 0
     for b in range(start, stop):
         v = b if X.shape[0] > 1 else 0
         Q_b, C_b = Q[b if Q.shape[0] > 1 else 0], C[b if C.shape[0] > 1 else 0]
         L_b, k = L[b if L.shape[0] > 1 else 0], count[b]
         error[b] = 0.0
         for j in range(r1.shape[1]):
-            for i in range(k):
-                scaled[i] = r2[b, j, i] * scale[v, index[b, i]]
+            if has_r2:
+                for i in range(k):
+                    scaled[i] = r2[b, j, index[b, i]] * scale[v, index[b, i]]
             found = solve_kkt(
                 lapack,
                 Q_b,
@@ -263,11 +267,22 @@ def differentiate_range(  # type: ignore[no-untyped-def]
                 r1[b, j],
                 scaled,
                 x[b, j],
-                y[b, j],
+                multipliers,
                 scratch,
                 work,
             )
-            for i in range(K):
-                y[b, j, i] = y[b, j, i] * scale[v, index[b, i]] if i < k else 0.0
+            for i in range(k):
+                y[b, j, index[b, i]] = multipliers[i] * scale[v, index[b, i]]
             if not found <= error[b]:
                 error[b] = found
+
+
+@njit(nogil=True, cache=True)
+def summarise(code, count, report):  # type: ignore[no-untyped-def]
+    """Whether every problem is solved, the most active rows of one, and the largest scaled residual."""
+    most, worst = 0, 0.0
+    for b in range(code.shape[0]):
+        if code[b] != SOLVED:
+            return False, most, worst
+        most, worst = max(most, count[b]), max(worst, report[b, 4])
+    return True, most, worst

@@ -38,19 +38,22 @@ class _OneBlasThread:
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._limit: Any = None
+        self._before: list[tuple[Any, int]] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._limit = _controller().limit(limits=1, user_api="blas")
+                self._before = [(library, library.get_num_threads()) for library in _libraries()]
+                for library, _ in self._before:
+                    library.set_num_threads(1)
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._limit.restore_original_limits()
+                for library, threads in self._before:
+                    library.set_num_threads(threads)
 
 
 _ONE_BLAS_THREAD = _OneBlasThread()
@@ -66,7 +69,12 @@ def blas_for(work: float) -> contextlib.AbstractContextManager[None]:
 
 
 def over_batch(
-    kernel: Callable[[int, int], None], batch: int, *, work: float, should_stop: ShouldStop = never_stop
+    kernel: Callable[[int, int], None],
+    batch: int,
+    *,
+    work: float,
+    should_stop: ShouldStop = never_stop,
+    uses_blas: bool = True,
 ) -> None:
     """Run a kernel over ranges of a batch on all cores, the caller's thread among them.
 
@@ -77,6 +85,7 @@ def over_batch(
         batch: Number of problems.
         work: Rough number of floating-point operations of one problem.
         should_stop: Asked before each range.
+        uses_blas: Whether the kernel calls BLAS, whose threads are then limited.
 
     Raises:
         Stopped: should_stop() was true; ranges that had begun are done, the others are not.
@@ -92,7 +101,7 @@ def over_batch(
     pieces = min(batch, max(1 if is_small else threads * PIECES_PER_THREAD, math.ceil(batch * work / PIECE_WORK)))
     edges = [batch * i // pieces for i in range(pieces + 1)]
     if is_small:
-        with blas_for(work):
+        with blas_for(work if uses_blas else 0.0):
             for start, stop in itertools.pairwise(edges):
                 run(start, stop)
         return
@@ -103,12 +112,14 @@ def over_batch(
             run(start, stop)
 
     # One BLAS thread in each of ours: more would only wait for each other.
-    with _ONE_BLAS_THREAD:
+    with _ONE_BLAS_THREAD if uses_blas else contextlib.nullcontext():
         helpers = [_pool(os.getpid()).submit(work_off) for _ in range(threads - 1)]
         try:
             work_off()
         finally:
-            wait(helpers)  # the arrays belong to the kernels until the last of them has ended
+            # What found no free core has nothing left to do; the arrays belong to the others until they have ended.
+            helpers = [helper for helper in helpers if not helper.cancel()]
+            wait(helpers)
         for helper in helpers:
             helper.result()
 
@@ -124,5 +135,6 @@ def _pool(pid: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child need
 
 
 @lru_cache(maxsize=1)
-def _controller() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
+def _libraries() -> list[Any]:
+    """Every BLAS in the process, whose threads are read and set: threadpoolctl's own limit looks all up anew."""
+    return list(ThreadpoolController().select(user_api="blas").lib_controllers)
