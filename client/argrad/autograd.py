@@ -6,6 +6,7 @@ Its backward and its jvp are operations of `argrad.derivatives` and `argrad.tang
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch.autograd import forward_ad
 
 from argrad import operations
 from argrad.ahead import ahead_of, cotangents_ahead
+from argrad.backend import SolvedHere
 from argrad.client import Client
-from argrad.derivatives import Dims, Gradients, Tensors, apply, formed, merge, owned, without_empty
+from argrad.derivatives import Dims, Gradients, Tensors, apply, formed, merge, owned, signed, without_empty
 from argrad.errors import SolveError
 from argrad.options import OnFailure, Options
-from argrad.problems import parse
+from argrad.problems import Form, Status, parse
 from argrad.problems.form import Blocks
 from argrad.recorded import Kind, Recorded, State, after_failure
+from argrad.results import failed_indices
 from argrad.tangents import Tangents
 from argrad.warm import WarmStart
 from argrad.wire import messages
@@ -84,6 +87,7 @@ def _has_tangent(tensor: Tensor) -> bool:
         return True
 
 
+@signed
 def solved(record: Recorded, *parameters: Tensor) -> Tensors:
     """Ask for the solution; what came of it is noted on the record.
 
@@ -99,7 +103,12 @@ def solved(record: Recorded, *parameters: Tensor) -> Tensors:
         SolveError: a problem has no solution, under `raise`.
     """
     given = dict(zip(record.names, parameters, strict=True))
-    form = parse(record.kind, given, trusted=record.client.registry.trusted(given))
+    client = record.client
+    if record.start is None and record.gradients == "adjoint" and client.solves_here(given, record.options):
+        form = parse(record.kind, given, trusted=record.names)
+        here = client.solve_here(form, record.options, record.call)
+        return _concluded(record, parameters, form, here.solution, here.statuses, here)
+    form = parse(record.kind, given, trusted=client.registry.trusted(given))
     start = None if record.start is None else record.start.at(form)
     if start is not None and start.state is not None:
         record.call = replace(record.call, affinity=start.affinity)
@@ -115,17 +124,29 @@ def solved(record: Recorded, *parameters: Tensor) -> Tensors:
         warm_start=start,
         check=False,
     )
-    result = record.client.run(steps)
-    record.failed, record.batched = result.failed, form.batched
+    result = client.run(steps)
     record.ahead = None if units is None else ahead_of(result)
     if result.state is not None:
         record.state = State(record.client, result.state)
     if record.start is not None:
         record.start.keep(form, result, record.state)
-    if result.failed and record.on_failure == "raise":
-        raise SolveError(result.statuses, result.failed)
-    blocks = result.solution
-    if result.failed:
+    return _concluded(record, parameters, form, result.solution, result.statuses, None)
+
+
+def _concluded(
+    record: Recorded,
+    parameters: Sequence[Tensor],
+    form: Form,
+    blocks: Blocks,
+    statuses: Sequence[Status],
+    here: SolvedHere | None,
+) -> Tensors:
+    """Note what came of a solve, and what stands for the solutions of problems that have none."""
+    record.failed, record.batched = failed_indices(statuses), form.batched
+    record.here = here if record.keep_state else None
+    if record.failed and record.on_failure == "raise":
+        raise SolveError(statuses, record.failed)
+    if record.failed:
         blocks = after_failure(record, parameters, blocks)
     return owned(blocks, record.blocks)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
+from argrad.problems import Form, Status
+from argrad.problems.form import Blocks
 from argrad.wire.messages import (
+    DifferentiationDocument,
+    FailedGradients,
     JvpReply,
     JvpRequest,
     RegisteredReply,
     RegisterRequest,
+    SolverDocument,
     SolveReply,
     SolveRequest,
     TensorMap,
@@ -66,4 +73,57 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release what the backend holds; a closed backend is not used again."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Derived:
+    """A derivative of a solve in this process.
+
+    Args:
+        blocks: Of the adjoint, or tangents of the solution, by the caller's names; `(B, ·)` or `(k, B, ·)`, without B
+            where nothing is batched.
+        statuses: Of each problem `ok`, or why it has no derivative.
+        method: Differentiation method that formed it.
+    """
+
+    blocks: Blocks
+    statuses: Sequence[str]
+    method: str
+
+
+class SolvedHere(Protocol):
+    """A solve in this process: what it found, and its derivatives. It lives as long as whoever holds it."""
+
+    @property
+    def solution(self) -> Blocks:
+        """Blocks of the solution by the caller's names."""
+        ...
+
+    @property
+    def statuses(self) -> Sequence[Status]:
+        """Verdict on each problem."""
+        ...
+
+    def adjoint(self, cotangents: Mapping[str, Tensor], *, failed: FailedGradients, timeout_s: float | None) -> Derived:
+        """The adjoint of cotangents of the caller's blocks."""
+        ...
+
+    def tangents(self, tangents: Mapping[str, Tensor], *, failed: FailedGradients, timeout_s: float | None) -> Derived:
+        """Tangents of the solution, of tangents of the caller's parameters."""
+        ...
+
+
+@runtime_checkable
+class DirectBackend(Protocol):
+    """A backend in this process, which solves without messages too: they take longer than a small problem."""
+
+    def solve_here(
+        self, form: Form, solver: SolverDocument, differentiation: DifferentiationDocument, *, timeout_s: float | None
+    ) -> SolvedHere:
+        """Solve a problem whose values nobody has looked at; the derivatives are by the method that the document names.
+
+        Raises:
+            ProblemError: a value is not finite.
+        """
         ...

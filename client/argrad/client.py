@@ -25,7 +25,7 @@ from argrad.arguments import (
     http_options,
     load_backend,
 )
-from argrad.backend import Backend
+from argrad.backend import Backend, Call, DirectBackend, SolvedHere
 from argrad.errors import ForkedError, StateGoneError
 from argrad.futures import P, Threads
 from argrad.handles import new_handle
@@ -119,6 +119,9 @@ class Client:
         else:
             self._backend = target
         self.fetches_ahead = prefetch and isinstance(self._backend, HttpBackend)
+        self._direct: DirectBackend | None = None
+        if target == LOCAL and observer is None and isinstance(self._backend, DirectBackend):
+            self._direct = self._backend
 
     def solve(
         self,
@@ -314,6 +317,33 @@ class Client:
         if self._released:
             self._backend.release(take_all(self._released))
         return drive(steps, self._perform, (StateGoneError,))
+
+    def solves_here(self, parameters: Mapping[str, Tensor], options: Options) -> bool:
+        """Whether a solve takes no exchange: `solve_here` does it in this process.
+
+        Not so with a service, where an observer is told of exchanges, where results are rounded on their way, and where
+        parameters are registered, whose factors are kept under their digest.
+        """
+        return self._direct is not None and options.precision == "float64" and not self.registry.trusted(parameters)
+
+    def solve_here(self, form: Form, options: Options, call: Call) -> SolvedHere:
+        """Solve in this process, for autograd, where `solves_here`.
+
+        Args:
+            form: The problem, its values not looked at yet.
+            options: See `solve`.
+            call: Its deadline.
+
+        Raises:
+            ProblemError: a value is not finite.
+        """
+        assert self._direct is not None  # noqa: S101 - as `solves_here` has said
+        self._check_process()
+        if self._released:
+            self._backend.release(take_all(self._released))
+        return self._direct.solve_here(
+            form, options.solver_document, options.differentiation_document, timeout_s=call.timeout_s
+        )
 
     def let_go(self, state: str) -> None:
         """Note a state that nobody needs any more. Does no I/O and takes no lock: finalisers call it."""

@@ -29,8 +29,9 @@ Reference: the formulas follow from Amos & Kolter, OptNet, ICML 2017, eqs. (6)â€
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ from argrad.results import check_gradients
 
 Tensors = tuple[Tensor, ...]
 Dims = Sequence[Dim]
+F = TypeVar("F", bound=Callable[..., Any])
 
 EXACT_METHODS = ("kkt", "bpqp")
 """Methods whose adjoint is that of the KKT conditions, so that its derivative is known."""
@@ -61,10 +63,17 @@ def apply(function: type[torch.autograd.Function], *operands: Any) -> Tensors:
     return cast("Tensors", function.apply(*operands))  # type: ignore[no-untyped-call]
 
 
+def signed(function: F) -> F:
+    """A function with its signature, for which torch asks at every call of a Function: finding it takes long."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
 class Adjoint(torch.autograd.Function):
     """The adjoint of a solution, from cotangents of its blocks, some of which may be None."""
 
     @staticmethod
+    @signed
     def forward(record: Recorded, *operands: Any) -> Tensors:
         """Ask for the adjoint."""
         parameters, solution, given = record.unpack(operands, len(record.blocks))
@@ -74,20 +83,24 @@ class Adjoint(torch.autograd.Function):
         if mask is None and record.ahead is not None and (known := record.ahead.adjoint(cotangents)) is not None:
             record.method = record.ahead.method
             return owned(known, record.adjoint_blocks)
-        steps = operations.vjp(
-            record.place(parameters, fill_rows(blocks, mask, 0.0)),
-            fill_rows(cotangents, mask, 0.0),
-            options=record.options,
-            call=record.call,
-            gradients="adjoint",
-            failed_gradients=record.failed_gradients,
-        )
-        result = record.client.run(steps)
-        record.method = result.report.method
+        pulled, here = fill_rows(cotangents, mask, 0.0), record.here_for(parameters)
+        if here is not None:
+            derived = here.adjoint(pulled, failed=record.failed_gradients, timeout_s=record.call.timeout_s)
+            adjoint, statuses, record.method = derived.blocks, derived.statuses, derived.method
+        else:
+            steps = operations.vjp(
+                record.place(parameters, fill_rows(blocks, mask, 0.0)),
+                pulled,
+                options=record.options,
+                call=record.call,
+                gradients="adjoint",
+                failed_gradients=record.failed_gradients,
+            )
+            result = record.client.run(steps)
+            adjoint, statuses, record.method = result.adjoint or {}, result.gradient_statuses, result.report.method
         if record.on_failure == "raise":
-            check_gradients(result.gradient_statuses)
-        adjoint = fill_rows(result.adjoint or {}, mask, record.filler)
-        return owned(adjoint, record.adjoint_blocks)
+            check_gradients(statuses)
+        return owned(fill_rows(adjoint, mask, record.filler), record.adjoint_blocks)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -155,6 +168,7 @@ class Gradients(torch.autograd.Function):
     """Gradients of the parameters named in `wrt`, formed by the service; `formed` is taken where a graph is built."""
 
     @staticmethod
+    @signed
     def forward(record: Recorded, wrt: tuple[str, ...], *operands: Any) -> Tensors:
         """Ask for the gradients."""
         parameters, solution, given = record.unpack(operands, len(record.blocks))

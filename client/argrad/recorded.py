@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from argrad.ahead import Ahead
-from argrad.backend import Call
+from argrad.backend import Call, SolvedHere
 from argrad.client import Client
 from argrad.operations import Place
 from argrad.options import OnFailure, Options
@@ -69,6 +69,7 @@ class Recorded:
         start: Where the solver begins; gets the solution.
         fetches_ahead: Whether the derivative of a small problem is to come with its solution.
         ahead: The derivative, if it came.
+        here: The solve itself, if it was made in this process without messages.
         state: What the service keeps, if it does.
         failed: Problems without a solution.
         batched: Parameters with a batch dimension, as they were sent.
@@ -86,6 +87,7 @@ class Recorded:
     start: WarmStart | None = None
     fetches_ahead: bool = False
     ahead: Ahead | None = None
+    here: SolvedHere | None = None
     state: State | None = None
     failed: tuple[int, ...] = ()
     batched: frozenset[str] = frozenset()
@@ -138,6 +140,10 @@ class Recorded:
             learned=self.learned,
             state=self.state.token if self.state is not None and is_same else None,
         )
+
+    def here_for(self, parameters: Sequence[Tensor]) -> SolvedHere | None:
+        """The solve in this process, if it was of parameters in this shape."""
+        return self.here if self.here is not None and self.find_batched(parameters) == self.batched else None
 
     def named_blocks(self, tensors: Sequence[Any]) -> dict[str, Any]:
         """Blocks of a solution, or what belongs to them, by name."""

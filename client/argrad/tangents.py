@@ -18,6 +18,7 @@ from argrad.derivatives import (
     matrix_moves,
     of_matrices,
     owned,
+    signed,
     sum_of,
     without_empty,
 )
@@ -37,6 +38,7 @@ class Tangents(torch.autograd.Function):
     """
 
     @staticmethod
+    @signed
     def forward(record: Recorded, *operands: Any) -> Tensors:
         """Ask for the tangents."""
         parameters, solution, given = record.unpack(operands, len(record.names))
@@ -45,19 +47,23 @@ class Tangents(torch.autograd.Function):
         for name, tensor in tangents.items():
             check_finite(f"tangents.{name}", tensor)
         mask = record.unusable(parameters)
-        steps = operations.jvp(
-            record.place(parameters, fill_rows(record.named_blocks(solution), mask, 0.0)),
-            tangents,
-            options=record.options,
-            call=record.call,
-            failed_gradients=record.failed_gradients,
-        )
-        result = record.client.run(steps)
-        record.method = result.report.method
+        here = record.here_for(parameters)
+        if here is not None:
+            derived = here.tangents(tangents, failed=record.failed_gradients, timeout_s=record.call.timeout_s)
+            moved, statuses, record.method = derived.blocks, derived.statuses, derived.method
+        else:
+            steps = operations.jvp(
+                record.place(parameters, fill_rows(record.named_blocks(solution), mask, 0.0)),
+                tangents,
+                options=record.options,
+                call=record.call,
+                failed_gradients=record.failed_gradients,
+            )
+            result = record.client.run(steps)
+            moved, statuses, record.method = result.tangents, result.gradient_statuses, result.report.method
         if record.on_failure == "raise":
-            check_gradients(result.gradient_statuses)
-        moved = fill_rows(result.tangents, mask, record.filler)
-        return owned(moved, record.blocks)
+            check_gradients(statuses)
+        return owned(fill_rows(moved, mask, record.filler), record.blocks)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:

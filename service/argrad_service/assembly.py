@@ -11,6 +11,7 @@ from torch import Tensor
 
 from argrad.errors import ProblemError
 from argrad.problems import Adjoint, Form, Solution, Status, check_finite, check_names
+from argrad.problems.form import Blocks
 from argrad.wire.messages import FailedGradients, GradientOptions, Precision, ReportDocument, TensorMap
 from argrad_service.engine.outcome import Backward, Outcome, Tangents
 
@@ -29,6 +30,7 @@ class Cotangent:
     Args:
         form: The problem.
         given: Cotangents by the caller's names, `(B, ·)` or `(k, B, ·)`, without B where nothing is batched.
+        is_finite: Whether they are known to be finite.
 
     Raises:
         ProblemError: a name or a shape does not fit.
@@ -37,11 +39,11 @@ class Cotangent:
         checked: Canonical cotangents, for whoever asks for shapes.
     """
 
-    def __init__(self, form: Form, given: Mapping[str, Tensor]) -> None:
+    def __init__(self, form: Form, given: Mapping[str, Tensor], *, is_finite: bool = False) -> None:
         self._form, self._given = form, given
         self._needs_point = not _AT_A_POINT.isdisjoint(given)
         self.checked = form.upstream(given, _placeholder(form) if self._needs_point else None)
-        self._is_finite = all(math.isfinite(tensor.sum().item()) for tensor in given.values())
+        self._is_finite = is_finite or all(math.isfinite(tensor.sum().item()) for tensor in given.values())
 
     def canonical(self, forward: Outcome) -> dict[str, Tensor]:
         """The cotangents of z, ν, λ and s at an outcome; zero for problems that have no gradient.
@@ -85,8 +87,12 @@ def wanted_gradients(options: GradientOptions, form: Form) -> list[str]:
 
 def solved(form: Form, forward: Outcome) -> TensorMap:
     """`solution.*` and `report.*`."""
-    blocks = form.solution(_on_caller(form, forward.solution))
-    return _named("solution", blocks, form) | report_tensors(form, forward)
+    return _in_section("solution", solution_blocks(form, forward)) | report_tensors(form, forward)
+
+
+def solution_blocks(form: Form, forward: Outcome) -> Blocks:
+    """The solution in the caller's blocks."""
+    return _as_given(form.solution(_on_caller(form, forward.solution)), form)
 
 
 def report_tensors(form: Form, forward: Outcome, differentiated: Backward | Tangents | None = None) -> TensorMap:
@@ -141,19 +147,34 @@ def gradients(
     form: Form, forward: Outcome, backward: Backward, options: GradientOptions, wrt: Sequence[str]
 ) -> TensorMap:
     """`gradients.*` or `adjoint.*`, with `failed_gradients` where a problem has none."""
-    solution, adjoint = _on_caller(form, forward.solution), _on_caller(form, backward.adjoint)
-    is_failed = [status != _OK for status in backward.gradient_status]
-    if options.failed_gradients == "zero" and any(is_failed):
-        # The last iterate of a failed problem may be infinite, and 0·∞ is not 0.
-        solution = Solution(**_zeroed(solution.blocks(), is_failed))
-        adjoint = Adjoint(**_zeroed(adjoint.blocks(), is_failed))
+    solution, adjoint = _at_caller(form, forward, backward, options.failed_gradients)
     if options.gradients == "adjoint":
         return _named("adjoint", form.adjoint(adjoint, solution), form)
     return _named("gradients", form.gradients(solution, adjoint, wrt), form)
 
 
+def adjoint_blocks(form: Form, forward: Outcome, backward: Backward, failed: FailedGradients) -> Blocks:
+    """The adjoint in the caller's blocks, with `failed` where a problem has none."""
+    solution, adjoint = _at_caller(form, forward, backward, failed)
+    return _as_given(form.adjoint(adjoint, solution), form)
+
+
+def _at_caller(form: Form, forward: Outcome, backward: Backward, failed: FailedGradients) -> tuple[Solution, Adjoint]:
+    solution, adjoint = _on_caller(form, forward.solution), _on_caller(form, backward.adjoint)
+    if failed == "zero" and (is_failed := [status != _OK for status in backward.gradient_status]) and any(is_failed):
+        # The last iterate of a failed problem may be infinite, and 0·∞ is not 0.
+        solution = Solution(**_zeroed(solution.blocks(), is_failed))
+        adjoint = Adjoint(**_zeroed(adjoint.blocks(), is_failed))
+    return solution, adjoint
+
+
 def tangents(form: Form, forward: Outcome, outcome: Tangents, failed: FailedGradients) -> TensorMap:
     """`tangents.*` of the solution, with `failed_gradients` where a problem has none."""
+    return _in_section("tangents", tangent_blocks(form, forward, outcome, failed))
+
+
+def tangent_blocks(form: Form, forward: Outcome, outcome: Tangents, failed: FailedGradients) -> Blocks:
+    """Tangents of the solution in the caller's blocks, with `failed` where a problem has none."""
     blocks, is_failed = (
         _on_caller(form, outcome.solution).blocks(),
         [status != _OK for status in outcome.gradient_status],
@@ -161,11 +182,13 @@ def tangents(form: Form, forward: Outcome, outcome: Tangents, failed: FailedGrad
     if failed == "zero" and any(is_failed):
         blocks = _zeroed(blocks, is_failed)
     solution = _on_caller(form, forward.solution)
-    return _named("tangents", form.solution_tangents(Solution(**blocks), solution), form)
+    return _as_given(form.solution_tangents(Solution(**blocks), solution), form)
 
 
 def _on_caller(form: Form, point: Point) -> Point:
     """A solution or an adjoint on the device of the caller's tensors."""
+    if point.z.device == form.problem.device:
+        return point
     return type(point)(**{name: tensor.to(form.problem.device) for name, tensor in point.blocks().items()})
 
 
@@ -182,9 +205,20 @@ def _zeroed(blocks: Mapping[str, Tensor], is_failed: Sequence[bool]) -> dict[str
     return {name: torch.where(mask.to(t.device), torch.zeros_like(t), t) for name, t in blocks.items()}
 
 
-def _named(section: str, blocks: Mapping[str, Tensor], form: Form) -> TensorMap:
+def _as_given(blocks: Mapping[str, Tensor], form: Form) -> Blocks:
+    """Blocks in the dtype and on the device of the problem."""
     device, dtype = form.problem.device, form.problem.dtype
-    return {f"{section}.{name}": tensor.to(device=device, dtype=dtype) for name, tensor in blocks.items()}
+    if all(tensor.dtype == dtype and tensor.device == device for tensor in blocks.values()):
+        return dict(blocks)
+    return {name: tensor.to(device=device, dtype=dtype) for name, tensor in blocks.items()}
+
+
+def _in_section(section: str, blocks: Blocks) -> TensorMap:
+    return {f"{section}.{name}": tensor for name, tensor in blocks.items()}
+
+
+def _named(section: str, blocks: Mapping[str, Tensor], form: Form) -> TensorMap:
+    return _in_section(section, _as_given(blocks, form))
 
 
 def in_precision(tensors: TensorMap, precision: Precision) -> TensorMap:

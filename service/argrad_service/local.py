@@ -5,37 +5,47 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from argrad.backend import Call
+from argrad.backend import Call, Derived
 from argrad.errors import DeadlineExceededError, ProblemError, ProblemGoneError, StateGoneError
+from argrad.problems import Form, check_values
 from argrad.wire.messages import (
+    DifferentiationDocument,
+    FailedGradients,
     JvpReply,
     JvpRequest,
     RegisteredReply,
     RegisterRequest,
+    SolverDocument,
     SolveReply,
     SolveRequest,
     TensorMap,
     VjpReply,
     VjpRequest,
 )
+from argrad_service import assembly
 from argrad_service import engine as default_engine
 from argrad_service.admission import Limits
-from argrad_service.engine.options import Stopped
+from argrad_service.engine.options import ShouldStop, Stopped
+from argrad_service.engine.outcome import Outcome
 from argrad_service.operations import Operations
 from argrad_service.registered import Registrations
+from argrad_service.solves import jvp, vjp
 from argrad_service.state import MemoryProblemStore, MemoryStateStore, ProblemGone, StateGone, TokenSigner
-from argrad_service.working import Engine, Reply, Run
+from argrad_service.working import Engine, Reply, Run, options_of
 
 STATE_BUDGET_BYTES = 4 * 1024**3
 STATE_TTL_S = 3600.0
 PROBLEM_BUDGET_BYTES = 4 * 1024**3
 PROBLEM_TTL_S = 3600.0
 _OWNER = "local"
+_DIRECT = ("auto", "kkt")
+"""Methods that take one solve by a factor, and ask nobody whether to go on."""
 
 
 def create_backend(engine: Engine = default_engine) -> LocalBackend:
@@ -53,6 +63,7 @@ class LocalBackend:
     """
 
     def __init__(self, engine: Engine) -> None:
+        self._engine, self._device = engine, engine.default_device()
         self._store = MemoryStateStore(
             budget_bytes=STATE_BUDGET_BYTES, ttl_s=STATE_TTL_S, signer=TokenSigner(secrets.token_urlsafe())
         )
@@ -63,8 +74,22 @@ class LocalBackend:
             store=self._store,
             registrations=self._registrations,
             limits=Limits(),
-            device=engine.default_device(),
+            device=self._device,
         )
+
+    def solve_here(
+        self, form: Form, solver: SolverDocument, differentiation: DifferentiationDocument, *, timeout_s: float | None
+    ) -> SolvedHere:
+        """Solve without messages; the outcome lives with what is returned, not in the store."""
+        with torch.no_grad(), _until(timeout_s) as should_stop:
+            outcome = self._engine.solve(
+                form.problem,
+                solver=solver.name,
+                options=options_of(solver, should_stop),
+                device=self._device,
+                check=lambda: check_values(form.parameters),
+            )
+            return SolvedHere(self._engine, form, outcome, differentiation)
 
     def solve(self, request: SolveRequest, tensors: TensorMap, call: Call) -> tuple[SolveReply, TensorMap]:
         """POST /v1/solve."""
@@ -110,13 +135,61 @@ class LocalBackend:
         self._problems.clear()
 
 
+class SolvedHere:
+    """A solve without messages, and its derivatives; see `argrad.backend.SolvedHere`.
+
+    Args:
+        engine: Differentiates.
+        form: The problem in the caller's form.
+        outcome: What the engine made of it.
+        differentiation: By which method.
+    """
+
+    def __init__(self, engine: Engine, form: Form, outcome: Outcome, differentiation: DifferentiationDocument) -> None:
+        self._engine, self._form, self._differentiation = engine, form, differentiation
+        self._outcome = outcome
+        self.solution, self.statuses = assembly.solution_blocks(form, outcome), outcome.status
+
+    def adjoint(self, cotangents: Mapping[str, Tensor], *, failed: FailedGradients, timeout_s: float | None) -> Derived:
+        """The adjoint of finite cotangents of the caller's blocks."""
+        form = self._form
+        with torch.no_grad(), self._until(timeout_s) as outcome:
+            canonical = assembly.Cotangent(form, cotangents, is_finite=True).canonical(outcome)
+            backward = vjp(self._engine, outcome, canonical, self._differentiation)
+            blocks = assembly.adjoint_blocks(form, outcome, backward, failed)
+        return Derived(blocks=blocks, statuses=backward.gradient_status, method=backward.method)
+
+    def tangents(self, tangents: Mapping[str, Tensor], *, failed: FailedGradients, timeout_s: float | None) -> Derived:
+        """Tangents of the caller's blocks, of tangents of the caller's parameters."""
+        form = self._form
+        with torch.no_grad(), self._until(timeout_s) as outcome:
+            pushed = jvp(self._engine, outcome, form.tangents(tangents), self._differentiation)
+            blocks = assembly.tangent_blocks(form, outcome, pushed, failed)
+        return Derived(blocks=blocks, statuses=pushed.gradient_status, method=pushed.method)
+
+    @contextlib.contextmanager
+    def _until(self, timeout_s: float | None) -> Iterator[Outcome]:
+        """The outcome, for methods that ask whether to go on."""
+        if self._differentiation.method in _DIRECT:
+            yield self._outcome
+            return
+        with _until(timeout_s) as should_stop:
+            yield self._outcome.stopped_by(should_stop)
+
+
 def _run(run: Run[Reply], call: Call) -> tuple[Reply, TensorMap]:
-    until = None if call.timeout_s is None else time.monotonic() + call.timeout_s
-    timings: dict[str, float] = {}
+    with _until(call.timeout_s) as should_stop:
+        return run(should_stop, {})
+
+
+@contextlib.contextmanager
+def _until(timeout_s: float | None) -> Iterator[ShouldStop]:
+    """Whether a deadline has passed, for whoever iterates."""
+    until = None if timeout_s is None else time.monotonic() + timeout_s
     try:
-        return run(lambda: until is not None and time.monotonic() >= until, timings)
+        yield lambda: until is not None and time.monotonic() >= until
     except Stopped:
-        raise DeadlineExceededError(f"the solve was stopped after its {call.timeout_s} s") from None
+        raise DeadlineExceededError(f"the solve was stopped after its {timeout_s} s") from None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Typed problems, their shape rules, and how an adjoint becomes parameter gradients."""
 
-from argrad.problems.forms import Form, parse
+from argrad.problems.forms import Form, check_values, parse
 from argrad.problems.qp import PARAMETERS, PRIMAL_DUAL, QP, Adjoint, Solution, gradients
 from argrad.problems.rows import Canonical, RowMap, with_bounds, with_two_sided
 from argrad.problems.shapes import check_finite, check_names
@@ -19,6 +19,7 @@ __all__ = [
     "Status",
     "check_finite",
     "check_names",
+    "check_values",
     "gradients",
     "parse",
     "with_bounds",

@@ -32,6 +32,8 @@ class BoundedQP(Form):
 
     def solution(self, solution: Solution) -> Blocks:
         """See `Form`; λ_lb, λ_ub ≥ 0."""
+        if self.row_map.size == 0:
+            return self._without_batch(solution.blocks())
         nu, lam = self.row_map.own(solution.nu, solution.lam)
         blocks = {"z": solution.z, "nu": nu, "lam": lam, "s": solution.s[..., : self.row_map.own_m]}
         return self._without_batch(blocks | self._bounds("lam", solution.nu, solution.lam, solution))

@@ -73,6 +73,8 @@ class RowMap:
 
     def own(self, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """The multipliers of the caller's own rows."""
+        if self.size == 0:
+            return nu, lam
         return nu[..., : self.own_p], lam[..., : self.own_m]
 
     def spread(self, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
