@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +183,31 @@ def test_make_secrets_makes_what_the_file_asks_for_and_keeps_what_is_there():
     assert "argrad keys new first --file deploy/secrets/api-keys" in plan
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert {".env", "deploy/secrets/"} <= set(ignored)
+
+
+@pytest.mark.slow
+def test_secrets_are_good_and_a_second_run_keeps_them(tmp_path: Path):
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / "bin" / "argrad").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m argrad.cli "$@"\n')
+    (venv / "bin" / "argrad").chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (venv / "torch-choice").write_text("--constraint constraints-cpu.txt\n")
+    (venv / "with-service").touch()
+    seen = []
+    for _ in range(2):
+        done = subprocess.run(
+            ["make", "secrets", f"VENV={venv}"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        env, keys = tmp_path / ".env", tmp_path / "deploy" / "secrets" / "api-keys"
+        seen.append((env.read_text(), keys.read_text()))
+        assert stat.S_IMODE(env.stat().st_mode) == 0o600
+        assert stat.S_IMODE(keys.stat().st_mode) == 0o644, "the service's user reads it; it holds digests only"
+    assert seen[0] == seen[1]
+    secret = seen[0][0].strip().removeprefix("ARGRAD_STATE_SECRET=")
+    settings = Settings.model_validate({"state_secret": secret, "host": "0.0.0.0", "api_keys_file": str(keys)})
+    assert len(settings.state_secret.get_secret_value()) >= 32
+    assert re.fullmatch(r"first:[0-9a-f]{64}\n", seen[0][1])
