@@ -92,17 +92,13 @@ def test_nobody_is_root(services: dict):
 def test_a_replica_has_secrets_shared_state_and_time_to_drain(services: dict, name: str):
     service = services[name]
     environment = service["environment"]
-    known = {variable(field) for field in Settings.model_fields} | {"ARGRAD_REDIS_URL"}
+    known = {variable(field) for field in Settings.model_fields}
     assert {key for key in environment if key.startswith("ARGRAD_")} <= known
     assert environment["ARGRAD_STATE_SECRET"].startswith("${ARGRAD_STATE_SECRET:?"), "given by whoever starts it"
     assert environment["ARGRAD_API_KEYS_FILE"].startswith("/etc/argrad/")
     assert "ARGRAD_INSECURE" not in environment
     assert environment["ARGRAD_REDIS_URL"] == "redis://redis:6379/0"
-    given = {
-        key.removeprefix("ARGRAD_").lower(): defaulted(text)
-        for key, text in environment.items()
-        if key in known - {"ARGRAD_REDIS_URL"}
-    }
+    given = {key.removeprefix("ARGRAD_").lower(): defaulted(text) for key, text in environment.items() if key in known}
     settings = Settings.model_validate({**given, "state_secret": "a secret of these tests", "host": "0.0.0.0"})
     grace = float(service["stop_grace_period"].removesuffix("s"))
     assert grace >= settings.drain_delay_s + settings.shutdown_timeout_s + 5

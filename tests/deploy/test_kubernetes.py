@@ -132,7 +132,7 @@ def test_the_settings_are_settings_and_the_ports_are_theirs(documents: list[Docu
     given = the(documents, "ConfigMap", "argrad-settings")["data"]
     (container,) = containers(the(documents, "Deployment", "argrad"))
     names = {entry["name"] for entry in container["env"]} | set(given)
-    assert names <= {variable(field) for field in Settings.model_fields} | {"ARGRAD_REDIS_URL"}
+    assert names <= {variable(field) for field in Settings.model_fields}
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert str(ports["metrics"]) == given["ARGRAD_METRICS_PORT"]
     assert re.search(r"ARGRAD_PORT=(\d+)", (ROOT / "Dockerfile").read_text())[1] == str(ports["http"])

@@ -15,6 +15,7 @@ from argrad.wire.messages import SolveReply, SolveRequest
 from tests.conftest import free_port
 from tests.deploy.names import serving_names
 from tests.deploy.support import DEPLOY, proxy
+from tests.redis_server import running_redis
 from tests.service.support import make_app, post, projection, running_app, simplex
 
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "argrad.json"
@@ -74,14 +75,27 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 async def scraped(anyio_backend: str) -> dict[str, set[str]]:
-    """Samples of a real service that has met everything: each with its labels."""
-    async with running_app(make_app()) as client:
-        for _ in range(2):
-            await client.post("/v1/solve", json={"problem": simplex(), "upstream": {"z": [1, 0]}, "wrt": ["q"]})
-        await post(client, "/v1/solve", SolveRequest(), projection((-1, 1), (1, 1)), SolveReply)
-        await client.post("/v1/vjp", json={"state": "gone", "upstream": {"z": [1, 0]}})
-        text = (await client.get("/metrics")).text
+    """Samples of a real service that has met everything, the loss of its Redis too: each with its labels."""
+    with running_redis(free_port()) as redis:
+        async with running_app(make_app(redis_url=redis.url)) as client:
+            await _meet_everything(client)
+            async with running_app(make_app(redis_url=redis.url)) as other:
+                reply = await other.post("/v1/solve", json={"problem": simplex(), "keep_state": True})
+                ask = {"state": reply.json()["state"], "upstream": {"z": [1, 0]}, "wrt": ["q"]}
+                assert (await client.post("/v1/vjp", json=ask)).status_code in {200, 409}  # it may not be there yet
+            redis.kill()
+            text = ""
+            while "argrad_redis_errors_total{" not in text:
+                await client.post("/v1/solve", json={"problem": simplex(), "keep_state": True})
+                text = (await client.get("/metrics")).text
     return samples_of(text)
+
+
+async def _meet_everything(client: httpx.AsyncClient) -> None:
+    for _ in range(2):
+        await client.post("/v1/solve", json={"problem": simplex(), "upstream": {"z": [1, 0]}, "wrt": ["q"]})
+    await post(client, "/v1/solve", SolveRequest(), projection((-1, 1), (1, 1)), SolveReply)
+    await client.post("/v1/vjp", json={"state": "gone", "upstream": {"z": [1, 0]}})
 
 
 def samples_of(text: str) -> dict[str, set[str]]:
