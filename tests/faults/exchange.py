@@ -173,8 +173,6 @@ class Exchange:
         elif fault.action == "garbage":
             sink.write(self._proxy.garbage(4096))
             await sink.drain()
-            if sink is self._up:  # the service answers garbage, or closes; either ends it
-                await self._down.read(PIECE_BYTES)
             raise End
         else:
             if fault.action == "reset":
