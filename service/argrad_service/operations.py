@@ -141,16 +141,18 @@ class Operations:
         wrt = assembly.wanted_gradients(request, form)
         self._check_reply(form, wrt if request.gradients == "full" else [], cotangents, is_json)
         cotangent = assembly.Cotangent(form, _widened(cotangents, form, request.precision))
-        forward = self._forward(form, kept, request, tensors, registered, owner)
+        place = kept or form.point(_section(tensors, "solution"))
 
         return Vjp(
             engine=self._engine,
+            device=self._device,
             request=request,
             form=form,
             cotangent=cotangent,
             wrt=wrt,
-            forward=forward,
+            forward=self._forward(form, place, request, registered, owner),
             kept=kept if isinstance(kept, Kept) else None,
+            point=place if isinstance(place, Solution) and registered is None else None,
             is_by_token=kept is not None,
             is_merged=self._budget is not None,
         )
@@ -178,7 +180,8 @@ class Operations:
             raise ProblemError("tangents", "nothing", "at least one tangent, such as tangents.q")
         self._check_reply(form, [], {}, is_json)
         canonical = form.tangents(_widened(given, form, request.precision))
-        forwarded = self._forward(form, kept, request, tensors, registered, owner)
+        place = kept or form.point(_section(tensors, "solution"))
+        forwarded = self._forward(form, place, request, registered, owner)
 
         def run(should_stop: ShouldStop, timings: Timings) -> tuple[JvpReply, TensorMap]:
             with stage(timings, "differentiate"):
@@ -274,19 +277,17 @@ class Operations:
     def _forward(
         self,
         form: Form,
-        kept: Kept | Recalled | None,
+        place: Kept | Recalled | Solution,
         request: VjpRequest | JvpRequest,
-        tensors: TensorMap,
         registered: Named | None,
         owner: str,
     ) -> Callable[[ShouldStop], Outcome]:
         """What is differentiated, for whoever asks whether to go on."""
-        if isinstance(kept, Kept):
-            return kept.forward.stopped_by
-        if isinstance(kept, Recalled):
-            return functools.partial(self._revived, kept, str(request.state), owner)
-        point = form.point(_section(tensors, "solution"))
-        return lambda should_stop: self._at_point(form, point, request.solver, registered, should_stop)
+        if isinstance(place, Kept):
+            return place.forward.stopped_by
+        if isinstance(place, Recalled):
+            return functools.partial(self._revived, place, str(request.state), owner)
+        return lambda should_stop: self._at_point(form, place, request.solver, registered, should_stop)
 
     def _revived(self, recalled: Recalled, token: str, owner: str, should_stop: ShouldStop) -> Outcome:
         """Factor what another replica has solved, and keep that under its token."""

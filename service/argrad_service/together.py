@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from argrad.errors import ArgradError
-from argrad.problems import QP, Form
+from argrad.problems import QP, Form, Solution
 from argrad.problems.bounded import BoundedQP
 from argrad.wire.messages import TensorMap, VjpReply
 from argrad_service import assembly
@@ -24,7 +24,7 @@ from argrad_service.engine.outcome import Backward, Outcome
 from argrad_service.engine.threads import in_one_thread
 from argrad_service.solves import Answer, Solve, vjp
 from argrad_service.vjps import Vjp
-from argrad_service.working import Engine, Timings, stage
+from argrad_service.working import Engine, Timings, options_of, stage
 
 A = TypeVar("A", Solve, Vjp)
 Pulled = tuple[VjpReply, TensorMap]
@@ -107,14 +107,13 @@ def _solve_together(
 
 
 def pull_back_together(
-    participants: Sequence[Participant[Vjp]],
-    should_stop: ShouldStop,  # noqa: ARG001 - as `solve_together`; it takes no longer than one question
+    participants: Sequence[Participant[Vjp]], should_stop: ShouldStop
 ) -> list[Pulled | Exception | None]:
-    """Differentiate at the states of several callers, whose lots have one key, as one batch.
+    """Differentiate at the states of several callers, or at the points that they bring, as one batch.
 
     Args:
-        participants: The callers; each has a `part`.
-        should_stop: Not asked.
+        participants: The callers, whose lots have one key; each has a `part`, or each a `point`.
+        should_stop: Asked while points are taken over: a state takes no longer than one question.
 
     Returns:
         As of `solve_together`.
@@ -123,14 +122,20 @@ def pull_back_together(
         Exception: the batch failed as a whole; each may still succeed alone.
     """
     calls, timings = [participant.asked for participant in participants], Timings()
+    counts = [call.batch_size or 1 for call in calls]
     with in_one_thread(), stage(timings, "differentiate"):
         parts = [call.part for call in calls if call.part is not None]
-        joined = join([forward for forward, _ in parts])
-        outcomes = [call.forward(never_stop) for call in calls]
-        batch = _Batch.of(
-            calls, [call.batch_size or 1 for call in calls], [frame for _, frame in parts], joined.problem
-        )
-        backwards, outs, failures = batch.differentiated(joined, outcomes, calls[0].engine)
+        outcomes: Sequence[Outcome]
+        if parts:
+            merged: Outcome = join([forward for forward, _ in parts])
+            outcomes = [call.forward(never_stop) for call in calls]
+            batch = _Batch.of(calls, counts, [frame for _, frame in parts], merged.problem)
+            reports: Sequence[TensorMap] = [{} for _ in calls]
+        else:
+            merged, outcomes, batch = _taken_over(calls, counts, should_stop)
+            reports = batch.reported(merged, outcomes)
+        backwards, derived, failures = batch.differentiated(merged, outcomes, calls[0].engine)
+        outs = [report | more for report, more in zip(reports, derived, strict=True)]
     answers: list[Pulled | Exception | None] = []
     for i, participant in enumerate(participants):
         if failures[i] is not None or participant.has_left():
@@ -139,6 +144,26 @@ def pull_back_together(
             participant.timings.update(timings)
             answers.append(calls[i].reply(outcomes[i], backwards[i], outs[i], participant.timings))
     return answers
+
+
+def _taken_over(
+    calls: Sequence[Vjp], counts: Sequence[int], should_stop: ShouldStop
+) -> tuple[Outcome, list[Assembled], _Batch]:
+    """The solutions that several callers bring, taken over as those of one batch; and each caller's part of it."""
+    first, problems = calls[0], [call.form.problem for call in calls]
+    sizes = [Sizes.of(problem) for problem in problems]
+    outer = frame_of(sizes)
+    frames = [Frame(own, outer) for own in sizes]
+    problem = padded(problems, counts, outer)
+    points = [frame.pad_blocks(call.point.blocks()) for frame, call in zip(frames, calls, strict=True) if call.point]
+    merged = first.engine.at_point(
+        problem,
+        Solution(**{name: torch.cat([blocks[name] for blocks in points]) for name in points[0]}),
+        options=options_of(first.request.solver, should_stop),
+        device=first.device,
+    )
+    outcomes = of_batch(merged, counts, frames, problems, [False] * len(calls))
+    return merged, outcomes, _Batch.of(calls, counts, frames, problem)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,6 +198,14 @@ class _Batch:
             self.plain,
             lambda form: assembly.solved(form, merged),
             lambda i: assembly.solved(self.asked[i].form, outcomes[i]),
+        )
+
+    def reported(self, merged: Outcome, outcomes: Sequence[Outcome]) -> list[TensorMap]:
+        """`report.*` of each caller."""
+        return self._each(
+            self.plain,
+            lambda form: assembly.report_tensors(form, merged),
+            lambda i: assembly.report_tensors(self.asked[i].form, outcomes[i]),
         )
 
     def differentiated(

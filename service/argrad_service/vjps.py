@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from argrad.problems import Form
+from argrad.problems import Form, Solution
+from argrad.problems.sparse import SparseForm
 from argrad.wire.messages import TensorMap, VjpReply, VjpRequest
 from argrad_service import assembly
 from argrad_service.batching.frames import Frame, Sizes
-from argrad_service.batching.lots import METHODS, Lot
+from argrad_service.batching.lots import METHODS, Lot, lot_of
 from argrad_service.batching.outcomes import Assembled
 from argrad_service.engine.joined import is_joinable
 from argrad_service.engine.options import ShouldStop
@@ -31,12 +32,14 @@ class Vjp:
 
     Args:
         engine: Differentiates.
+        device: Where to differentiate.
         request: The document.
         form: The problem.
         cotangent: What is pulled back.
         wrt: Parameters whose gradients are wanted.
         forward: What is differentiated, for whoever asks whether to go on.
         kept: The state that the call names, if it names one that is factored here.
+        point: The solution that the caller brings, if no registered parameter belongs to it.
         is_by_token: Whether the call names a state.
         is_merged: Whether calls are done together at all.
 
@@ -46,12 +49,14 @@ class Vjp:
     """
 
     engine: Engine
+    device: torch.device
     request: VjpRequest
     form: Form
     cotangent: assembly.Cotangent
     wrt: Sequence[str]
     forward: Callable[[ShouldStop], Outcome]
     kept: Kept | None
+    point: Solution | None
     is_by_token: bool
     is_merged: bool
     batch_size: int | None = field(init=False)
@@ -62,7 +67,7 @@ class Vjp:
         part = None if self.kept is None or not self.is_merged else _part(self.kept)
         object.__setattr__(self, "batch_size", self.form.batch_size)
         object.__setattr__(self, "part", part)
-        object.__setattr__(self, "lot", None if part is None else self._lot(part[0]))
+        object.__setattr__(self, "lot", self._lot_at_point() if part is None else self._lot(part[0]))
 
     def __call__(self, should_stop: ShouldStop, timings: Timings) -> tuple[VjpReply, TensorMap]:
         """Differentiate, and answer."""
@@ -89,6 +94,13 @@ class Vjp:
             timings_ms=timings,
         )
         return reply, assembly.in_precision(out, self.request.precision)
+
+    def _lot_at_point(self) -> Lot | None:
+        """What the call adds where its caller brings the solution: such calls are taken over together."""
+        if self.point is None or not self.is_merged or isinstance(self.form, SparseForm):
+            return None
+        given = self.cotangent.checked
+        return lot_of(self.request, self.form.problem, given, count=self.batch_size or 1, is_plain=True)
 
     def _lot(self, forward: Forward) -> Lot:
         data, differentiation = forward.data, self.request.differentiation

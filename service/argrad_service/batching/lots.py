@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from argrad.problems import QP
-from argrad.wire.messages import SolveRequest
+from argrad.wire.messages import SolveRequest, VjpRequest
 from argrad_service.admission import Size
 from argrad_service.batching.frames import Sizes, ceiling
 from argrad_service.engine import Prepared
@@ -51,7 +51,7 @@ class Lot:
 
 
 def lot_of(
-    request: SolveRequest,
+    request: SolveRequest | VjpRequest,
     problem: QP,
     cotangents: Mapping[str, Tensor],
     *,
@@ -59,7 +59,7 @@ def lot_of(
     is_plain: bool,
     prepared: Prepared | None = None,
 ) -> Lot:
-    """What a solve adds to a batch.
+    """What a solve adds to a batch, or a vjp at a point that its caller brings, which is solved on its active set.
 
     Args:
         request: Its document.
@@ -84,13 +84,14 @@ def lot_of(
     shares_factors = prepared is not None and _is_factored(matrices, prepared)
     if (
         is_plain
-        and not request.deterministic
+        and not (isinstance(request, SolveRequest) and request.deterministic)
         and problem.entropy is None
         and (takes_padding or solver.name in UNPADDED)
         and (not cotangents or method.method in METHODS)
         and (shares_factors or _repeats_little(matrices, count))
     ):
         key = (
+            type(request).__name__,
             (solver.name, solver.tolerance, solver.max_iterations, *sorted(solver.options.items())),
             (method.method, *sorted(method.options.items())) if cotangents else (),
             tuple((name, *t.shape[:-2]) if t.ndim > 2 else (name,) for name, t in sorted(cotangents.items())),
