@@ -4,4 +4,5 @@ import sys
 
 from argrad_service.server import serve_command
 
-sys.exit(serve_command(sys.argv[1:]))
+if __name__ == "__main__":  # a worker imports this module under another name
+    sys.exit(serve_command(sys.argv[1:]))

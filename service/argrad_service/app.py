@@ -165,6 +165,7 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.readiness, app.state.keyring, app.state.doors = readiness, keyring, exchange.doors
+    app.state.metrics = metrics
     app.state.shared = app.state.rates = shared
     add_routes(app, exchange, registrations, readiness, metrics)
     around: dict[str, Any] = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -30,6 +31,7 @@ from argrad_service.http.protocol import GuardedProtocol
 from argrad_service.keyring import Keyring
 from argrad_service.listening import ServeError, allow_files, listening
 from argrad_service.settings import Settings, default_text, flag, load_settings, variable
+from argrad_service.workers import Channel, Supervisor
 from argrad_service.working import Engine
 
 _BACKLOG = 2048
@@ -80,11 +82,11 @@ def serve_command(argv: Sequence[str]) -> int:
 
 
 def serve(settings: Settings, engine: Engine = default_engine) -> None:
-    """Run the service in this process until a signal ends it.
+    """Run the service, in this process or in several workers of it, until a signal ends it.
 
     Args:
         settings: All that an operator may choose.
-        engine: Solves and differentiates.
+        engine: Solves and differentiates; workers have the default one.
 
     Raises:
         ServeError: the address or the device cannot be had.
@@ -97,30 +99,54 @@ def serve(settings: Settings, engine: Engine = default_engine) -> None:
     if not (settings.is_loopback or settings.has_keys):
         log.warning("no authentication", host=settings.host, advice="whoever reaches this address can use the service")
     allow_files(settings.max_connections + _OTHER_FILES, log)
-    with listening(settings) as (listeners, address), _stdlib_logs(log):
-        app = create_app(settings, engine=engine, log=log)
-        config = uvicorn.Config(
-            app,
-            http=GuardedProtocol.with_bounds(
-                header_timeout_s=settings.header_timeout_s,
-                reply_timeout_s=settings.reply_timeout_s,
-                max_connections=settings.max_connections,
-            ),
-            loop="auto",
-            lifespan="on",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=settings.keep_alive_s,
-            timeout_graceful_shutdown=settings.shutdown_timeout_s + 2 * _FLUSH_S,
-        )
+    with listening(settings) as (listeners, address):
         device = f"{choose_device(settings)}, {torch.get_num_threads()} threads"
         banner = f"argrad {__version__} on {address} ({device})"
+        if settings.workers > 1:
+            banner = banner.replace(" threads)", f" threads, {settings.workers} workers)")
         if settings.uds is None:
             banner += f"\n  documentation: {address}/docs"
-        _Server(config, app, settings, banner, log).run(sockets=listeners)
+        if settings.workers == 1:
+            app = create_app(settings, engine=engine, log=log)
+            _run(app, settings, listeners, functools.partial(print, banner, flush=True), log)
+        elif not Supervisor(settings, log, listeners, _work, banner).run():
+            raise ServeError("workers end before they accept connections; what they say is above")
+
+
+def _work(settings: Settings, listeners: list[socket.socket], channel: Channel, number: int) -> None:
+    """What a worker process does."""
+    os.setpgid(0, 0)  # Ctrl-C at a terminal is for the process that watches: it tells us once
+    log = make_logger(settings).bind(worker=number)
+    torch.set_num_threads(settings.torch_threads)
+    app = create_app(settings, log=log)
+    app.state.metrics_of_all = channel.metrics_of_all
+    channel.answer(app.state.metrics.render)
+    _run(app, settings, listeners, channel.say_started, log)
+
+
+def _run(
+    app: FastAPI, settings: Settings, listeners: list[socket.socket], announce: Callable[[], None], log: Logger
+) -> None:
+    """Serve an application on bound sockets until a signal ends it."""
+    config = uvicorn.Config(
+        app,
+        http=GuardedProtocol.with_bounds(
+            header_timeout_s=settings.header_timeout_s,
+            reply_timeout_s=settings.reply_timeout_s,
+            max_connections=settings.max_connections,
+        ),
+        loop="auto",
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=settings.shutdown_timeout_s + 2 * _FLUSH_S,
+    )
+    with _stdlib_logs(log):
+        _Server(config, app, settings, announce, log).run(sockets=listeners)
 
 
 class _Server(uvicorn.Server):
@@ -130,24 +156,26 @@ class _Server(uvicorn.Server):
         config: Of uvicorn.
         app: Made by `create_app`.
         settings: Say how long each step takes.
-        banner: Printed as soon as connections are accepted.
+        announce: Called as soon as connections are accepted.
         log: Told of the steps.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings, banner: str, log: Logger) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, settings: Settings, announce: Callable[[], None], log: Logger
+    ) -> None:
         super().__init__(config)
         self._readiness: Readiness = app.state.readiness
         self._doors: Doors = app.state.doors
         self._keyring: Keyring | None = app.state.keyring
-        self._settings, self._banner, self._log = settings, banner, log
+        self._settings, self._announce, self._log = settings, announce, log
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then print the address: whoever waits for that line can connect."""
+        """Start, then say so: whoever waits for that line can connect."""
         self._loop = loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         await super().startup(sockets)
-        print(self._banner, flush=True)
+        self._announce()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the handler's signature
         """First signal: finish what is under way. Second: end."""

@@ -97,6 +97,13 @@ class Settings(BaseSettings):
         "auto", description="Where problems are solved; `auto` is `cuda` where there is a GPU."
     )
     torch_threads: int = Field(0, ge=0, description="Threads of one torch operation; 0 leaves the choice to torch.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Processes that serve the address together; more than one needs `--redis-url`. They divide "
+        "counts, budgets and torch threads among them. They have no affinity: replicas are the better way.",
+    )
     solver_threads: _Count = Field(
         1, description="Calls that are solved at the same time. One call already uses every torch thread."
     )
@@ -267,14 +274,19 @@ class Settings(BaseSettings):
         return origins
 
     @model_validator(mode="after")
-    def _check_openness(self) -> Settings:
-        """Refuse what would let anybody in by mistake."""
+    def _check_together(self) -> Settings:
+        """Refuse what would let anybody in by mistake, and workers that could share nothing."""
         if not (self.is_loopback or self.has_keys or self.insecure):
             raise ValueError(
                 f"{variable('host')} is {self.host!r}, which others may reach, and nobody is asked for an API key. "
                 f"Make one with `argrad keys new NAME` and give {variable('api_keys')} or {variable('api_keys_file')}, "
                 f"or listen on 127.0.0.1, or, where only those who may call can reach the address, say "
                 f"{flag('insecure')} ({variable('insecure')}=true)"
+            )
+        if self.workers > 1 and self.redis_url is None:
+            raise ValueError(
+                f"{variable('workers')} is {self.workers}, and there is no {variable('redis_url')}: workers share "
+                "tokens, registered problems and rates through Redis. Give its address, or run replicas behind a proxy"
             )
         if "*" in self.cors_origins and not self.has_keys:
             raise ValueError(

@@ -157,6 +157,11 @@ class _Scraped(Collector):
             ("argrad_solver_restarts", "Solver threads that ended and were replaced.", solver.restarts),
             ("argrad_state_hits", "State tokens found.", state.hits),
             ("argrad_state_misses", "State tokens that named nothing.", state.misses),
+            (
+                "argrad_affinity_misses",
+                "State tokens of this service that are not held by the process that was asked: another's, or lost.",
+                state.signed_misses,
+            ),
             ("argrad_state_evictions", "Forward states pushed out by newer ones.", state.evictions),
             ("argrad_state_expirations", "Forward states past their time to live.", state.expirations),
             ("argrad_state_refusals", "Forward states larger than the whole budget.", state.refusals),

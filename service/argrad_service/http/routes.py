@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -93,9 +94,11 @@ def add_routes(
         return Response(orjson.dumps(report), media_type=_JSON)
 
     @app.get("/metrics", tags=["operation"], summary="Prometheus metrics", **openapi.METRICS)
-    async def scrape(_: Request) -> Response:
-        """Counters, gauges and histograms in Prometheus' text format."""
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+    async def scrape(request: Request) -> Response:
+        """Counters, gauges and histograms in Prometheus' text format; of all workers, where there are several."""
+        metrics_of_all = getattr(request.app.state, "metrics_of_all", None)
+        text = metrics.render() if metrics_of_all is None else await asyncio.to_thread(metrics_of_all)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
 
 def _add_problem_routes(app: FastAPI, registered: RegistrationCalls) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from argrad_service.state.budget import BudgetedStore
@@ -28,6 +29,7 @@ class MemoryStateStore:
     ) -> None:
         self._signer = signer
         self._held = BudgetedStore(budget_bytes=budget_bytes, ttl_s=ttl_s, clock=clock)
+        self._signed_misses = 0
 
     def put(self, value: Any, *, nbytes: int, owner: str) -> str | None:
         """Keep a value and return its token, or None where it alone is over the budget."""
@@ -43,6 +45,8 @@ class MemoryStateStore:
         # A token that is held here was signed here: its signature says nothing more.
         held = self._held.get((owner, token))
         if held is None:
+            self._signer.check(token, owner)
+            self._signed_misses += 1
             raise StateGone
         return held[0]
 
@@ -78,7 +82,7 @@ class MemoryStateStore:
 
     def counts(self) -> StateCounts:
         """Counters and what is held now."""
-        return self._held.counts()
+        return replace(self._held.counts(), signed_misses=self._signed_misses)
 
 
 class MemoryProblemStore:

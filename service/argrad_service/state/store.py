@@ -38,6 +38,7 @@ class StateCounts:
     evictions: int
     expirations: int
     refusals: int
+    signed_misses: int = 0
 
 
 class StateStore(Protocol):
