@@ -41,6 +41,8 @@ COMMAND_GROUP = "argrad.commands"
 DEFAULT_URL = "http://127.0.0.1:8000"
 _PACKAGES = ("torch", "numpy", "httpx", "pydantic", "orjson")
 _ROUND_TRIPS = 20
+_RETRIES = 5
+"""Who types a command would rather know soon that nobody answers."""
 
 Url = Annotated[str, typer.Option("--url", envvar="ARGRAD_URL", help="Address of the service, or 'local'.")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="ARGRAD_API_KEY", help="Sent as a bearer token.")]
@@ -103,7 +105,7 @@ def solve(
         return (yield Exchange("solve", request, tensors, operations.call_within(timeout_s, None, None)))
 
     try:
-        with Client(url, api_key=api_key) as client:
+        with Client(url, api_key=api_key, retries=_RETRIES) as client:
             reply = client.run(steps())
     except ArgradError as error:
         _leave(error)
@@ -115,7 +117,7 @@ def solve(
 def solvers(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """List solvers, what they solve, and how their solutions are differentiated."""
     try:
-        with Client(url, api_key=api_key) as client:
+        with Client(url, api_key=api_key, retries=_RETRIES) as client:
             rows = client.solvers()["solvers"]
     except ArgradError as error:
         _leave(error)
