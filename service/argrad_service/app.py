@@ -209,6 +209,8 @@ async def _warm_up(operations: Operations, scheduler: Scheduler, readiness: Read
         for solver, rows in itertools.product(("auto", "pdipm"), (1, 4)):
             work = functools.partial(_solve_small, operations, solver, rows)
             await scheduler.submit(work, deadline=float("inf")).future
+        work = functools.partial(_solve_small, operations, "auto", 1, entropy=1.0)
+        await scheduler.submit(work, deadline=float("inf")).future
     except Exception as error:
         readiness.phase, readiness.reason = "failed", f"the first solve failed: {error}"
         log.error("not ready", reason=readiness.reason, exc_info=error)
@@ -217,11 +219,11 @@ async def _warm_up(operations: Operations, scheduler: Scheduler, readiness: Read
         log.info("ready", device=readiness.device, seconds=round(time.perf_counter() - began, 3))
 
 
-def _solve_small(operations: Operations, solver: str, rows: int, _: Job[None]) -> None:
-    """Two variables and `rows` inequalities, forward and backward."""
+def _solve_small(operations: Operations, solver: str, rows: int, _: Job[None], *, entropy: float | None = None) -> None:
+    """Two variables and `rows` inequalities, forward and backward; with an entropy in place of Q."""
     Q = torch.eye(2, dtype=torch.float64)
     tensors = {
-        "problem.Q": Q,
+        **({"problem.Q": Q} if entropy is None else {"problem.entropy": Q.new_tensor(entropy)}),
         "problem.q": Q.new_ones(2),
         "problem.G": Q.new_ones(rows, 2),
         "problem.h": Q.new_ones(rows),

@@ -16,8 +16,8 @@ from argrad_service.engine.point import KKTFactor
 
 
 def is_joinable(forward: Forward) -> bool:
-    """Whether every problem was solved by the kernels, without a row that is weakly active."""
-    return forward.factor.is_regular
+    """Whether every problem is a QP that the kernels solved, without a row that is weakly active."""
+    return forward.factor.is_regular and forward.data.tau is None
 
 
 def join(forwards: Sequence[Forward]) -> Forward:

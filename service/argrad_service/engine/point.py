@@ -122,13 +122,13 @@ class Finished:
 
     Args:
         factor: KKT system of the active sets.
-        s: Slacks `(B, m)`, zero on active rows.
+        s: Slacks `(B, m)`, zero on active rows; None with entropy, where they are those of the rows as they were given.
         judged: Residuals of the point.
         worst: Largest scaled residual.
     """
 
     factor: KKTSystem
-    s: Tensor
+    s: Tensor | None
     judged: Residuals
     worst: float
 

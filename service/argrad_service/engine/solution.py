@@ -31,10 +31,7 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
     """
     done = point.finished
     if done is not None and done.worst <= options.tolerance:
-        s = done.s
-        if data.has_free:
-            h = _inequality_bounds(problem, data.B)
-            s = torch.where(torch.isinf(h), h, s)
+        s = _finished_slacks(problem, data, point, done.s)
         is_optimal = torch.ones(data.B, dtype=torch.bool, device=data.q.device)
         kkt = KKTFactor(factor=done.factor, is_optimal=is_optimal, is_weak=~is_optimal, is_regular=True)
         return _outcome(problem, point, kkt, (point.z, point.y, s), done.judged, None, {}, solver, options)
@@ -142,6 +139,14 @@ def _inequality_bounds(problem: QP, batch: int) -> Tensor:
     if problem.h is None:
         return problem.q.new_zeros(batch, 0)
     return problem.h.expand(batch, -1) if problem.h.ndim == 1 else problem.h
+
+
+def _finished_slacks(problem: QP, data: Data, point: Point, s: Tensor | None) -> Tensor:
+    """Slacks of a finished point: those of the kernels, +inf where h is, or of the rows as they were given."""
+    if s is not None and not data.has_free:
+        return s
+    h = _inequality_bounds(problem, data.B)
+    return _slacks(data.given_G, point.z, h, h, point.active) if s is None else torch.where(torch.isinf(h), h, s)
 
 
 def _slacks(G: Tensor, z: Tensor, finite: Tensor, h: Tensor, active: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ from argrad_service.engine.finish import Guess, find_active_set
 from argrad_service.engine.forward.entropic_system import EntropicSystem, Iterate
 from argrad_service.engine.forward.mehrotra import SHORTEST_STEP, STEP_TO_BOUNDARY
 from argrad_service.engine.options import SolverOptions, Stopped
+from argrad_service.engine.point import Finished
+from argrad_service.engine.registry import is_there
+
+COMPILED_BY = ("numba", "scipy", "threadpoolctl")
+"""Packages that the compiled kernels need."""
 
 STAGES = (1e-1, 1e-3, 1e-6, 1e-10)
 """Values of μ and of the scaled residual at which the finish is tried."""
@@ -51,14 +56,50 @@ class Found:
     is_exact: Tensor
 
 
-def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Found:
+def solve(data: Data, options: SolverOptions, warm: Guess | None) -> tuple[Found, Finished | None]:
     """Solve a batch of problems with entropy.
+
+    On the CPU, without a quadratic term, compiled kernels do it problem by problem (`kernels.entropic`); those that
+    they leave open, such as problems with dependent rows, are solved in torch.
 
     Args:
         data: The problems.
         options: Iteration limit, and who asks to stop.
         warm: Active set and point to try first.
+
+    Returns:
+        What was found, and the rest if the kernels solved every problem.
+
+    Raises:
+        Stopped: options.should_stop() was true.
     """
+    if not (data.is_linear and data.q.device.type == "cpu" and all(is_there(name) for name in COMPILED_BY)):
+        return _solve_batched(data, options, warm), None
+    # Imported when first needed: compiled kernels take a second to load, and a GPU needs none.
+    from argrad_service.engine import compiled_entropy
+    from argrad_service.engine.kernels.active_set import SOLVED, UNDECIDED
+
+    if not compiled_entropy.takes(data):
+        return _solve_batched(data, options, warm), None
+    solved = compiled_entropy.solve_batch(data, options, warm)
+    found = Found(
+        active=solved.active,
+        z=solved.z,
+        y=solved.y,
+        iterations=solved.iterations,
+        is_exact=solved.code != UNDECIDED,
+    )
+    if bool((solved.code == SOLVED).all()):
+        return found, solved.finished()
+    rest = torch.nonzero(~found.is_exact).squeeze(-1)
+    if len(rest):
+        other = _solve_batched(data.select(rest), options, None if warm is None else warm.select(rest))
+        for name, values in vars(found).items():
+            values[rest] = getattr(other, name)
+    return found, None
+
+
+def _solve_batched(data: Data, options: SolverOptions, warm: Guess | None) -> Found:
     part, kept = _without_idle_rows(data)
     candidates = EntropyCandidates(part)
     found = Found(

@@ -247,10 +247,14 @@ def _classify_as(part: Data, where: Tensor, point: Point, options: SolverOptions
 
 def _solve_with_entropy(data: Data, options: SolverOptions, warm: Guess | None) -> Point:
     """Solve problems with entropy; they are never unbounded, and infeasible if their rows and z ≥ 0 are."""
-    point, found = unsolved(data), entropic.solve(data, options, warm)
-    is_convex = torch.ones_like(found.is_exact) if data.is_linear else factor_convex(data.Q)[2].expand(data.B)
+    point = unsolved(data)
+    found, point.finished = entropic.solve(data, options, warm)
     point.active, point.z, point.y = found.active, found.z, found.y
     point.iterations, point.is_exact = found.iterations, found.is_exact
+    if point.finished is not None:
+        point.status[:] = CODE[Status.OPTIMAL]
+        return point
+    is_convex = torch.ones_like(found.is_exact) if data.is_linear else factor_convex(data.Q)[2].expand(data.B)
     is_good = found.is_exact | (residuals(data, point.z, point.y).scaled <= options.tolerance)
     point.status[is_good] = CODE[Status.OPTIMAL]
     point.status[~is_convex] = CODE[Status.NONCONVEX]
