@@ -207,7 +207,9 @@ def formed(record: Recorded, wrt: tuple[str, ...], *operands: Any) -> Blocks:
     """Gradients of the parameters named in `wrt`, from the adjoint, by operations that torch sees through."""
     parameters, solution, _ = record.unpack(operands, len(record.blocks))
     is_wanted = [name in wrt for name in record.names]
-    return form(record, parameters, is_wanted, record.named_blocks(solution), apply(Adjoint, record, *operands))
+    # Where no graph is built there is nothing for a Function to note, which would take longer than a small adjoint.
+    adjoint = apply(Adjoint, record, *operands) if torch.is_grad_enabled() else Adjoint.forward(record, *operands)
+    return form(record, parameters, is_wanted, record.named_blocks(solution), adjoint)
 
 
 def merge(size: int, record: Recorded, parameters: Sequence[Tensor], dims: Dims) -> tuple[Fold, list[Tensor]]:

@@ -14,6 +14,7 @@ from argrad.validation import validate
 from argrad.wire.messages import DifferentiationDocument, Gradients, Precision, SolverDocument, SolveRequest
 
 OnFailure = Literal["raise", "nan", "zero_grad"]
+_ON_FAILURE, _GRADIENTS = get_args(OnFailure), get_args(Gradients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,5 +85,5 @@ def check_choices(on_failure: str, gradients: str) -> None:
     Raises:
         ProblemError: names the choice, and the words that are.
     """
-    check_names("on_failure", [on_failure], get_args(OnFailure))
-    check_names("gradients", [gradients], get_args(Gradients))
+    check_names("on_failure", [on_failure], _ON_FAILURE)
+    check_names("gradients", [gradients], _GRADIENTS)

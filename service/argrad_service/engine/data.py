@@ -198,7 +198,7 @@ def stack(problem: QP, prepared: Prepared | None = None) -> Data:
 
 
 def _symmetric(Q: Tensor) -> Tensor:
-    return 0.5 * (Q + Q.transpose(1, 2))
+    return (Q + Q.transpose(1, 2)).mul_(0.5)
 
 
 def _below(A: Tensor, G: Tensor) -> Tensor:
