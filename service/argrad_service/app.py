@@ -35,6 +35,7 @@ from argrad_service.http.metrics import Metrics
 from argrad_service.http.phases import Phases
 from argrad_service.http.problems import KINDS, answer
 from argrad_service.http.routes import add_routes
+from argrad_service.http.shared_metrics import SharedMetrics
 from argrad_service.keyring import PUBLIC
 from argrad_service.operations import Operations
 from argrad_service.registered import Registrations
@@ -108,8 +109,14 @@ def create_app(
     shared = shared or make_shared(settings, in_flight=lambda: pending.calls, clock=clock)
     readiness = Readiness(scheduler, store, str(device), shared)
     phases = Phases()
+    once = Once(shared)
     metrics = Metrics(
-        scheduler=scheduler, pending=pending, store=store, problems=problems, phases=phases, shared=shared
+        scheduler=scheduler,
+        pending=pending,
+        store=store,
+        problems=problems,
+        phases=phases,
+        shared=SharedMetrics(shared, once.counts),
     )
     tracing = tracing or _tracing_to(settings.otlp_endpoint)
     codecs = ThreadPoolExecutor(_CODEC_THREADS, thread_name_prefix="argrad-codec")
@@ -126,7 +133,7 @@ def create_app(
             max_problem_bytes=settings.shared_problem_bytes,
             in_thread=lambda work: asyncio.get_running_loop().run_in_executor(codecs, work),
         )
-    exchange = Exchange(settings, operations, scheduler, pending, codecs, Once(shared), phases, sharing=sharing)
+    exchange = Exchange(settings, operations, scheduler, pending, codecs, once, phases, sharing=sharing)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

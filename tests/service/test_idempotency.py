@@ -103,6 +103,9 @@ async def test_a_duplicate_meanwhile_is_409_and_told_when_to_ask_again(client: h
     assert (await first).status_code == 200
     assert (await solve(client)).content == (await first).content
     assert gate.engine.solves == 1
+    metrics = (await client.get("/metrics")).text
+    for result in ("new", "in-progress", "replayed"):
+        assert f'argrad_idempotent_requests_total{{result="{result}"}} 1.0' in metrics
 
 
 async def test_failures_are_not_remembered(client: httpx.AsyncClient, gate: Gate):

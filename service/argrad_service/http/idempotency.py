@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import orjson
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from argrad_service.http.body import Body
 from argrad_service.http.problems import BadRequest
 from argrad_service.http.replies import BufferedReply
-from argrad_service.state import MAX_REPLY_BYTES, Shared
+from argrad_service.state import MAX_REPLY_BYTES, IdempotencyInProgress, IdempotencyMismatch, Shared
 
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotent-Replayed"
@@ -28,6 +29,7 @@ class Once:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
+        self.counts: Counter[str] = Counter()
 
     async def serve(
         self, key: str, owner: str, fingerprint: bytes, work: Callable[[], Awaitable[BufferedReply]]
@@ -47,7 +49,12 @@ class Once:
             IdempotencyMismatch: the key stands for another request.
             Exception: what the work raises.
         """
-        claim = await self._shared.claim(owner, key, fingerprint)
+        try:
+            claim = await self._shared.claim(owner, key, fingerprint)
+        except (IdempotencyInProgress, IdempotencyMismatch) as error:
+            self.counts["mismatch" if isinstance(error, IdempotencyMismatch) else "in-progress"] += 1
+            raise
+        self.counts["replayed" if isinstance(claim, bytes) else "new"] += 1
         if isinstance(claim, bytes):
             return _replay(claim)
         is_kept = False

@@ -16,9 +16,8 @@ from prometheus_client.registry import Collector
 from argrad_service.http.iterations import Iterations
 from argrad_service.http.phases import Phases
 from argrad_service.http.record import Record
-from argrad_service.http.shared_metrics import SharedMetrics
 from argrad_service.scheduling import SIZES, Pending, Scheduler
-from argrad_service.state import ProblemStore, Shared, StateStore
+from argrad_service.state import ProblemStore, StateStore
 
 _SECONDS = (
     0.0001,
@@ -54,7 +53,7 @@ class Metrics:
         store: Forward state.
         problems: Registered problems.
         phases: Calls by where they are.
-        shared: What replicas share.
+        shared: Of what replicas share.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Metrics:
         store: StateStore,
         problems: ProblemStore,
         phases: Phases,
-        shared: Shared,
+        shared: Collector,
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
@@ -95,7 +94,7 @@ class Metrics:
         self._iterations = Iterations()
         registry.register(_Scraped(scheduler, pending, store, problems, phases))
         registry.register(self._iterations)
-        registry.register(SharedMetrics(shared))
+        registry.register(shared)
         # Memory, processor time and file descriptors of the process; Linux only.
         ProcessCollector(registry=registry)
 

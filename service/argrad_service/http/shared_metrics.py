@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -20,7 +20,6 @@ _COUNTERS = {
     "command_seconds": ("argrad_redis_command_seconds", "Seconds that commands took, likewise.", "what"),
     "breaker_opened": ("argrad_redis_breaker_opened", "Times that Redis was given up for the time being.", "breaker"),
     "breaker_open_seconds": ("argrad_redis_breaker_open_seconds", "Seconds without Redis.", "breaker"),
-    "idempotent": ("argrad_idempotent_requests", "Calls with an Idempotency-Key, by what it named.", "result"),
 }
 _GAUGES = {
     "breaker_open": (
@@ -39,10 +38,11 @@ class SharedMetrics(Collector):
 
     Args:
         shared: The store.
+        idempotent: Calls with an Idempotency-Key so far, by what it named.
     """
 
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
+    def __init__(self, shared: Shared, idempotent: Mapping[str, int]) -> None:
+        self._shared, self._idempotent = shared, idempotent
 
     def collect(self) -> Iterator[Metric]:
         """The metrics of this moment."""
@@ -51,6 +51,12 @@ class SharedMetrics(Collector):
         yield GaugeMetricFamily(
             "argrad_degraded", "1 while something does not work as it should.", bool(health.degraded)
         )
+        idempotent = CounterMetricFamily(
+            "argrad_idempotent_requests", "Calls with an Idempotency-Key, by what it named.", labels=["result"]
+        )
+        for result, count in self._idempotent.items():
+            idempotent.add_metric([result], count)
+        yield idempotent
         for name, (full, text, label) in _COUNTERS.items():
             counter = CounterMetricFamily(full, text, labels=[label] if label else [])
             for (found, value), number in health.counters.items():
