@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from ruamel.yaml import YAML
 
 from tests.conftest import free_port
 from tests.deploy.names import Names
@@ -23,6 +25,13 @@ DEPLOY = ROOT / "deploy"
 CADDYFILE = DEPLOY / "caddy" / "Caddyfile"
 SECRET = "a secret that all replicas share"
 START_TIMEOUT_S = 150.0
+
+
+def composed(name: str) -> dict[str, str]:
+    """Environment of a service of docker-compose.yml, as far as it is given there, with its defaults."""
+    service = YAML(typ="safe").load(ROOT / "docker-compose.yml")["services"][name]
+    given = {key: re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", str(value)) for key, value in service["environment"].items()}
+    return {key: value for key, value in given.items() if not value.startswith("${")}
 
 
 def caddy() -> str:
@@ -42,12 +51,14 @@ class Replica:
         port: Of all replicas.
         log: File that gets its output.
         settings: Further variables.
+        metrics_port: Where it has metrics for those without a key; with the others by default.
     """
 
     host: str
     port: int
     log: Path
     settings: Mapping[str, str] = field(default_factory=dict)
+    metrics_port: int | None = None
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -64,6 +75,8 @@ class Replica:
             "ARGRAD_LOG_FORMAT": "json",
             **self.settings,
         }
+        if self.metrics_port is not None:
+            settings["ARGRAD_METRICS_PORT"] = str(self.metrics_port)
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "argrad_service"], env=clean | settings, stdout=output, stderr=subprocess.STDOUT
@@ -90,8 +103,12 @@ class Replica:
     def posts(self, route: str) -> float:
         """Calls of a route that it has answered with 200."""
         start = f'argrad_requests_total{{route="{route}",status="200",type=""}} '
-        text = httpx.get(f"{self.url}/metrics", trust_env=False).text
-        return sum(float(line.removeprefix(start)) for line in text.splitlines() if line.startswith(start))
+        return sum(float(line.removeprefix(start)) for line in self.metrics() if line.startswith(start))
+
+    def metrics(self) -> list[str]:
+        """Lines of its metrics."""
+        port = self.port if self.metrics_port is None else self.metrics_port
+        return httpx.get(f"http://{self.host}:{port}/metrics", trust_env=False).text.splitlines()
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ import os
 import secrets
 import socket
 import subprocess
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +19,12 @@ import pytest
 import torch
 
 import argrad
+from argrad.keys import append_line, new_key, stored_line
 from argrad.wire import SAFETENSORS
 from tests.conftest import free_port
 from tests.deploy.names import Names, serving_names
-from tests.deploy.support import CADDYFILE, Replica, caddy, proxy
+from tests.deploy.support import CADDYFILE, Replica, caddy, composed, proxy
+from tests.redis_server import running_redis
 from tests.service.support import simplex, wait_until
 
 HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
@@ -69,6 +73,7 @@ class Deployment:
     url: str
     metrics_port: int
     log: Path
+    key: str
 
     def solve(self, client: httpx.Client, key: str) -> str:
         """Solve with a key, and keep the state: its token."""
@@ -92,16 +97,29 @@ class Deployment:
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     place = tmp_path_factory.mktemp("deployment")
     caddy()  # skips before anything is started
-    port = free_port()
-    replicas = [Replica(host, port, place / f"{host}.log") for host in HOSTS]
+    port, metrics_port, key = free_port(), free_port(), new_key()
+    append_line(place / "api-keys", stored_line("tests", key))
+    with running_redis(free_port()) as redis:
+        settings = composed("argrad") | {
+            "ARGRAD_API_KEYS_FILE": str(place / "api-keys"),
+            "ARGRAD_REDIS_URL": redis.url,
+            "ARGRAD_SHARED_STATE_BYTES": "0",  # who holds a state is what is tested
+            "ARGRAD_TORCH_THREADS": "1",
+            "ARGRAD_DRAIN_DELAY_S": "1",
+        }
+        replicas = [Replica(host, port, place / f"{host}.log", settings, metrics_port) for host in HOSTS]
+        yield from _deployed(replicas, place, key)
+
+
+def _deployed(replicas: list[Replica], place: Path, key: str) -> Iterator[Deployment]:
     try:
         for replica in replicas:
             replica.start()
         for replica in replicas:
             replica.wait_until_ready()
         log = place / "caddy.log"
-        with serving_names(HOSTS) as names, proxy(names, port, log) as (url, metrics_port):
-            yield Deployment(replicas, names, url, metrics_port, log)
+        with serving_names(HOSTS) as names, proxy(names, replicas[0].port, log) as (url, metrics_port):
+            yield Deployment(replicas, names, url, metrics_port, log, key)
     finally:
         for replica in replicas:
             replica.stop()
@@ -109,7 +127,8 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 @pytest.fixture
 def client(deployment: Deployment) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=deployment.url, trust_env=False, timeout=60) as client:
+    bearer = {"Authorization": f"Bearer {deployment.key}"}
+    with httpx.Client(base_url=deployment.url, trust_env=False, timeout=60, headers=bearer) as client:
         yield client
 
 
@@ -155,7 +174,8 @@ def test_equal_keys_reach_the_same_replica_and_other_keys_others(deployment: Dep
 def test_what_is_the_operator_s_is_not_reached_through_the_proxy(deployment: Deployment, path: str):
     host, port = deployment.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
+        head = f"Host: {host}:{port}\r\nConnection: close\r\nAuthorization: Bearer {deployment.key}\r\n"
+        connection.sendall(f"GET {path} HTTP/1.1\r\n{head}\r\n".encode())
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 404 ")
@@ -178,7 +198,7 @@ def test_a_training_step_through_the_proxy_has_equal_gradients_with_20_mb_each_w
     assert sum(t.nbytes for t in given.values()) > 20e6
     gradients: list[dict[str, torch.Tensor]] = []
     for url in (deployment.url, deployment.replicas[0].url):
-        with argrad.Client(url) as client:
+        with argrad.Client(url, api_key=deployment.key) as client:
             leaves = {name: t.clone().requires_grad_() for name, t in given.items()}
             z = argrad.nn.QPLayer(client)(**leaves)
             z.square().sum().backward()
@@ -196,12 +216,12 @@ def test_a_body_goes_through_while_it_is_still_being_sent(deployment: Deployment
     size, half = 20_000_000, 10_000_000
     head = (
         f"POST /v1/solve HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
-        f"Content-Type: {SAFETENSORS}\r\nContent-Length: {size}\r\n\r\n"
+        f"Authorization: Bearer {deployment.key}\r\nContent-Type: {SAFETENSORS}\r\nContent-Length: {size}\r\n\r\n"
     )
 
     def pending() -> int:
-        texts = [httpx.get(f"{replica.url}/metrics", trust_env=False).text for replica in deployment.replicas]
-        lines = (line for text in texts for line in text.splitlines() if line.startswith("argrad_pending_bytes "))
+        lines = (line for replica in deployment.replicas for line in replica.metrics())
+        lines = (line for line in lines if line.startswith("argrad_pending_bytes "))
         return int(sum(float(line.split()[1]) for line in lines))
 
     with socket.create_connection((host, int(port)), timeout=30) as connection:
@@ -221,9 +241,7 @@ def test_a_body_over_the_limit_is_refused_by_the_proxy_itself(deployment: Deploy
 
 
 @pytest.mark.slow
-def test_the_keys_of_a_killed_replica_move_and_no_others_and_a_loop_goes_on(
-    deployment: Deployment, client: httpx.Client
-):
+def test_the_keys_of_a_killed_replica_move_and_no_others_and_come_back(deployment: Deployment, client: httpx.Client):
     tokens = {key: deployment.solve(client, key) for key in (secrets.token_hex(8) for _ in range(KEYS))}
     lost = deployment.replicas[0]
     lost.kill()
@@ -235,12 +253,6 @@ def test_the_keys_of_a_killed_replica_move_and_no_others_and_a_loop_goes_on(
         again = {key: deployment.solve(client, key) for key in tokens}
         assert all(deployment.has_state(client, token, key) for key, token in again.items()), "moved, and stay there"
 
-        given = {name: t.requires_grad_() for name, t in random_qp(4, 5).items()}
-        with argrad.Client(deployment.url) as remote, argrad.Client("local") as local:
-            for _ in range(20):
-                (one,) = torch.autograd.grad(argrad.nn.QPLayer(remote)(**given).square().sum(), given["q"])
-                (other,) = torch.autograd.grad(argrad.nn.QPLayer(local)(**given).square().sum(), given["q"])
-                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     finally:
         lost.start()
         lost.wait_until_ready()
@@ -254,6 +266,63 @@ def test_the_keys_of_a_killed_replica_move_and_no_others_and_a_loop_goes_on(
         return lost.posts("/v1/solve") == before + len(home)
 
     wait_until(is_back)
+
+
+def losses(client: argrad.Client, steps: int, after: Callable[[int], None] = lambda _: None) -> list[float]:
+    """A training loop through a QP layer: forward, backward, and a step of Adam."""
+    given = random_qp(4, 5)
+    q = given["q"].clone().requires_grad_()
+    optimiser = torch.optim.Adam([q], lr=0.05)
+    layer, found = argrad.nn.QPLayer(client), []
+    for step in range(steps):
+        optimiser.zero_grad()
+        loss = (layer(given["Q"], q, given["G"], given["h"]) - 1).square().sum()
+        loss.backward()
+        optimiser.step()
+        found.append(loss.item())
+        after(step)
+    return found
+
+
+@pytest.mark.slow
+def test_a_training_loop_loses_nothing_while_one_replica_after_the_other_is_restarted(deployment: Deployment):
+    steps, statuses = 400, []
+
+    def restart() -> None:
+        for replica in deployment.replicas[1:]:  # the first came back in the test before
+            assert replica.process is not None
+            replica.process.terminate()
+            statuses.append(replica.process.wait(60))
+            replica.start()
+            replica.wait_until_ready()
+
+    thread = threading.Thread(target=restart)
+
+    def pace(step: int) -> None:
+        """Begin the restarts early, and take the last steps after them."""
+        if step == 10:
+            thread.start()
+        elif step == steps - 10:
+            thread.join(200)
+        elif step > 10:
+            time.sleep(0.05 if thread.is_alive() else 0)
+
+    with argrad.Client("local") as local:
+        expected = losses(local, steps)
+    # Without prefetching a step is two calls, and backward needs the state that forward left behind.
+    with argrad.Client(deployment.url, api_key=deployment.key, prefetch=False) as client:
+        found = losses(client, steps, pace)
+    assert statuses == [0, 0], "each ended as it was asked to"
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found[-1] < found[0]
+
+
+@pytest.mark.slow
+def test_without_a_key_nobody_gets_further_than_liveness(deployment: Deployment):
+    with httpx.Client(base_url=deployment.url, trust_env=False) as stranger:
+        assert stranger.get("/health/live").status_code == 200
+        assert stranger.post("/v1/solve", json={"problem": simplex()}).status_code == 401
+    assert deployment.key not in deployment.log.read_text()
 
 
 @pytest.mark.slow
