@@ -133,9 +133,15 @@ async def test_a_full_queue_refuses_and_estimates_when_to_come_back():
     jobs = [scheduler.submit(slow, deadline=1e9)]
     await slow.wait_until_entered()
     jobs += [scheduler.submit(lambda _: None, deadline=1e9) for _ in range(2)]
-    with pytest.raises(Overloaded, match="2 calls wait for the solver, the limit") as caught:
-        scheduler.submit(lambda _: None, deadline=1e9)
-    assert caught.value.retry_after_s == 12  # three jobs ahead, four seconds each
+    waits = []
+    for later in (0.0, 0.0, 3.0, 0.0, 7.0):
+        now += later
+        with pytest.raises(Overloaded, match="2 calls wait for the solver, the limit") as caught:
+            scheduler.submit(lambda _: None, deadline=1e9)
+        waits.append(caught.value.retry_after_s)
+    # A place is free every four seconds: after 4 s, 8 s and, asked 3 s later, 9 s and 13 s more. The job that runs has
+    # then run 10 s, longer than the mean: a place every ten seconds, from the 16th on.
+    assert waits == [4, 8, 9, 13, 16]
     slow.opened.set()
     await asyncio.gather(*(job.future for job in jobs))
     await asyncio.to_thread(scheduler.stop, SOON)

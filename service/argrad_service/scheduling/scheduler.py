@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from argrad_service.scheduling.drain import Drain
 from argrad_service.scheduling.job import CallerGone, DeadlinePassed, Job, Share, SolverCrashed
 from argrad_service.scheduling.queue import Batch, Budget, Queue
 from argrad_service.scheduling.tally import Tally
@@ -19,9 +19,6 @@ T = TypeVar("T")
 
 WATCH_AFTER_S = 0.01
 """A call this quick is not watched for its caller's going: the watch costs more than the call."""
-
-_SMOOTHING = 0.2
-_MAX_RETRY_AFTER_S = 60
 
 
 class Overloaded(Exception):  # noqa: N818 - a verdict, not a defect
@@ -90,7 +87,7 @@ class Scheduler:
         self._running = self._restarts = 0
         self._last_crash: str | None = None
         self._is_stopping = self._is_waking = False
-        self._mean_run_s = 0.0
+        self._drain = Drain(threads, clock)
 
     def start(self) -> None:
         """Start the solver threads."""
@@ -187,9 +184,9 @@ class Scheduler:
             job.abandon(CallerGone())  # matters only where this very wait was cancelled
 
     def retry_after_s(self) -> int:
-        """Seconds until the queue of this moment is done, by the mean of recent jobs; from 1 to 60."""
-        ahead = len(self._queue) + self._running
-        return min(_MAX_RETRY_AFTER_S, max(1, math.ceil(ahead * self._mean_run_s / self._max_threads)))
+        """Seconds after which a caller who is turned away now will find room, as measured; from 1 to 60."""
+        with self._changed:
+            return self._drain.next_place_s()
 
     def health(self) -> SchedulerHealth:
         """State of the solver threads and their queue."""
@@ -235,13 +232,13 @@ class Scheduler:
                 if batch is not None:
                     self._tally.count(batch)
                     self._running += len(batch.jobs)
+                    self._drain.begin(id(batch.jobs), len(batch.jobs))
                     return batch
                 was_idle = True
                 self._changed.wait()
             return None
 
     def _run(self, jobs: list[Job[Any]]) -> None:
-        began = self._clock()
         alone: list[Job[Any]] = []
         unfinished: list[Job[Any]] = []
         try:
@@ -254,8 +251,7 @@ class Scheduler:
         finally:  # where the thread ends, what it has not begun with waits for the next
             with self._changed:
                 self._running -= len(jobs)
-                took = (self._clock() - began) / len(jobs)
-                self._mean_run_s += (took - self._mean_run_s) * (_SMOOTHING if self._mean_run_s else 1.0)
+                self._drain.end(id(jobs))
                 for job in (*unfinished, *alone):
                     if self._is_stopping:
                         job.refuse(Stopping())
