@@ -50,6 +50,15 @@ def check(calls: Sequence[Vjp]) -> None:
         assert_same(out, wanted)
 
 
+async def test_callers_whose_batches_have_matrices_of_their_own_are_differentiated_together():
+    operations = make()
+    tensors = [draw(20, 20, batch=3, seed=i) for i in range(3)]
+    for given in tensors:
+        given |= {name: given[name][0] for name in ("problem.Q", "problem.G")}
+    tokens = [prepared(operations, given)(never_stop, {})[0].state for given in tensors]
+    check([pulled(operations, t, cotangents(g, "z lam")) for t, g in zip(tokens, tensors, strict=True)])
+
+
 def cotangents(tensors: TensorMap, names: str, *, k: int | None = None) -> TensorMap:
     like = {"z": tensors["problem.q"], "lam": tensors["problem.h"], "s": tensors["problem.h"]}
     lead = () if k is None else (k,)

@@ -274,7 +274,9 @@ def join_factors(parts: Sequence[Factors], counts: Sequence[int]) -> Factors:
         if len(arrays[0]) == 1 and all(array is arrays[0] for array in arrays):
             return arrays[0]
         repeated = [np.broadcast_to(a, (n, *a.shape[1:])) for a, n in zip(arrays, counts, strict=True)]
-        return np.concatenate(repeated)
+        # Into a place of its own: what is repeated has no stride, and its order would be that of the result, which
+        # LAPACK reads by its address.
+        return np.concatenate(repeated, out=np.empty((sum(counts), *arrays[0].shape[1:])))
 
     return Factors(
         L=shared_or_all([part.L for part in parts]),
