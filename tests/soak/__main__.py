@@ -28,6 +28,7 @@ from tests.soak.trend import BLOCKS, Trend, trend_of
 PERIOD_S = 0.5
 LEAST_S = 60.0
 SETTLING = 0.25
+START_S = 300.0
 LEAK_BYTES_PER_CALL = 1024
 """Growth that counts as a leak; a state, a request or a reply that was forgotten is larger."""
 
@@ -102,7 +103,7 @@ def service(module: str, log: Path) -> Iterator[tuple[str, int]]:
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     with httpx.Client(trust_env=False) as client:
-        until = time.monotonic() + 120
+        until = time.monotonic() + START_S
         while time.monotonic() < until and process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 if client.get(f"{url}/health/ready").status_code == 200:
