@@ -48,7 +48,10 @@ class MemoryRateCounter:
     async def take(self, owner: str, *, per_minute: float, burst: float | None = None, cost: float = 1.0) -> float:
         """Admit a call, or say when to come back."""
         now, (cost_s, burst_s) = self._clock(), in_seconds(per_minute, burst, cost)
-        full_at = max(self._full_at.get(owner, now), now) + cost_s
+        known = self._full_at.get(owner, now)
+        if known > now + 1.001 * burst_s:  # no bucket is that empty: the clock was set back, and locks nobody out
+            known = now
+        full_at = max(known, now) + cost_s
         wait_s = full_at - now - burst_s
         # Rounding of the sums must not refuse the last call of a burst.
         if wait_s > 1e-9 * burst_s:

@@ -26,7 +26,9 @@ TAKE = """
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 local cost, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
-local full_at = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now) + cost
+local known = tonumber(redis.call('GET', KEYS[1]) or 0)
+if known > now + 1.001 * burst then known = now end
+local full_at = math.max(known, now) + cost
 local wait = full_at - now - burst
 if wait > 1e-6 + 1e-9 * burst then return string.format('%.6f', wait) end
 redis.call('SET', KEYS[1], string.format('%.6f', full_at), 'PX', math.ceil(1000 * (full_at - now)) + 1000)
