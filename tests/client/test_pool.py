@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import threading
@@ -13,10 +14,11 @@ import httpx
 import pytest
 
 from argrad.errors import DeadlineExceededError
-from argrad.transport.address import parse_address
+from argrad.transport.address import Address, parse_address
 from argrad.transport.bodies import Outgoing, Upload
-from argrad.transport.exchange import Deadline
+from argrad.transport.exchange import Answer, Deadline
 from argrad.transport.pool import Pool
+from argrad.transport.streams import Streams
 
 REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
 Script = Callable[[socket.socket], None]
@@ -84,13 +86,29 @@ def keeps_saying(times: int, reply: bytes = REPLY) -> Script:
     return script
 
 
-@pytest.fixture
-def serving() -> Iterator[Callable[..., tuple[Server, Pool]]]:
-    started: list[tuple[Server, Pool]] = []
+class Looped:
+    """`Streams`, for tests that wait: on an event loop of its own."""
 
-    def start(*scripts: Script) -> tuple[Server, Pool]:
+    def __init__(self, address: Address) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.streams = Streams(address)
+
+    def exchange(self, request: Outgoing, deadline: Deadline) -> Answer:
+        return self._loop.run_until_complete(self.streams.exchange(request, deadline))
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self.streams.aclose())
+        self._loop.run_until_complete(asyncio.sleep(0.01))
+        self._loop.close()
+
+
+@pytest.fixture(params=[Pool, Looped], ids=["threads", "loop"])
+def serving(request: pytest.FixtureRequest) -> Iterator[Callable[..., tuple[Server, Any]]]:
+    started: list[tuple[Server, Any]] = []
+
+    def start(*scripts: Script) -> tuple[Server, Any]:
         server = Server(*scripts)
-        started.append((server, Pool(parse_address(server.url))))
+        started.append((server, request.param(parse_address(server.url))))
         return started[-1]
 
     yield start
@@ -99,7 +117,7 @@ def serving() -> Iterator[Callable[..., tuple[Server, Pool]]]:
         server.join()
 
 
-def call(server: Server, pool: Pool, body: Sequence[bytes | memoryview] = (), timeout_s: float | None = 5.0) -> Any:
+def call(server: Server, pool: Any, body: Sequence[bytes | memoryview] = (), timeout_s: float | None = 5.0) -> Any:
     deadline = Deadline(timeout_s, time.monotonic)
     size = sum(len(part) for part in body)
     headers = [(b"Host", b"127.0.0.1"), (b"Content-Length", b"%d" % size)]
@@ -207,6 +225,7 @@ def test_a_connection_that_the_service_closed_is_replaced_without_a_failed_call(
     assert bytes(call(server, pool).body) == b"hi"
 
 
+@pytest.mark.parametrize("serving", [Pool], indirect=True)
 def test_threads_have_connections_of_their_own(serving: Any) -> None:
     both = threading.Barrier(2)
 
@@ -259,17 +278,21 @@ def test_a_reply_that_trickles_in_ends_at_the_deadline(serving: Any) -> None:
         call(server, pool, timeout_s=0.1)
 
 
-def test_nobody_there() -> None:
+@pytest.mark.parametrize("kind", [Pool, Looped])
+def test_nobody_there(kind: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     address = parse_address(f"http://127.0.0.1:{port}")
     deadline = Deadline(1.0, time.monotonic)
     timeouts = {"connect": 1.0}
     request = Outgoing("GET", address.base, [], Upload([], 0, deadline), timeouts)
+    pool = kind(address)
     with pytest.raises(httpx.ConnectError):
-        Pool(address).exchange(request, deadline)
+        pool.exchange(request, deadline)
+    pool.close()
 
 
+@pytest.mark.parametrize("serving", [Pool], indirect=True)
 def test_a_peer_that_vanished_is_a_broken_connection(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's own timeout, after it asked in vain, is no deadline: the call is tried again."""
     server, pool = serving(says(b""))
@@ -282,6 +305,7 @@ def test_a_peer_that_vanished_is_a_broken_connection(serving: Any, monkeypatch: 
         call(server, pool)
 
 
+@pytest.mark.parametrize("serving", [Pool], indirect=True)
 def test_the_kernel_looks_whether_a_silent_peer_is_there(serving: Any) -> None:
     server, pool = serving(keeps_saying(1))
     call(server, pool)
@@ -289,3 +313,44 @@ def test_the_kernel_looks_whether_a_silent_peer_is_there(serving: Any) -> None:
     assert connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+
+@pytest.mark.parametrize("make_loop", ["asyncio.new_event_loop", "uvloop.new_event_loop"])
+def test_tasks_at_once_and_one_that_is_cancelled(make_loop: str) -> None:
+    module, _, name = make_loop.partition(".")
+    ended = threading.Event()
+
+    def waits(connection: socket.socket) -> None:
+        read_request(connection)
+        if not connection.recv(1):  # closed, without a word
+            ended.set()
+
+    server = Server(waits, keeps_saying(2), keeps_saying(1))
+    address = parse_address(server.url)
+
+    def one(streams: Streams) -> Any:
+        deadline = Deadline(5.0, time.monotonic)
+        body = Upload([bytes(300_000)], 300_000, deadline)
+        headers = [(b"Host", b"x"), (b"Content-Length", b"300000")]
+        request = Outgoing("POST", address.join("/v1/solve"), headers, body, {"connect": 5.0})
+        return streams.exchange(request, deadline)
+
+    async def main() -> None:
+        streams = Streams(address)
+        left = asyncio.create_task(one(streams))
+        await asyncio.sleep(0.05)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        assert await asyncio.to_thread(ended.wait, 5)
+        # The second call takes the connection of the first one again.
+        assert [bytes((await one(streams)).body) for _ in range(2)] == [b"hi", b"hi"]
+        assert bytes((await one(streams)).body) == b"hi"
+        await streams.aclose()
+
+    loop = getattr(pytest.importorskip(module), name)()
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    server.join()

@@ -15,6 +15,7 @@ from argrad.transport.calls import HttpCalls, HttpOptions, read_document, read_r
 from argrad.transport.connection import KEEPALIVE
 from argrad.transport.exchange import Answer, Pause, Send, Steps, drive_async
 from argrad.transport.pool import LIMITS
+from argrad.transport.streams import Streams
 from argrad.wire.messages import (
     JvpReply,
     JvpRequest,
@@ -92,23 +93,26 @@ class AsyncHttpBackend:
         if isinstance(effect, Pause):
             await self._sleep(effect.seconds)
             return None
+        answer = await self._send(effect)
+        if "content-encoding" not in answer.headers:
+            return answer
+        return await asyncio.to_thread(decoded, answer, self._calls.accepted)
+
+    async def _send(self, effect: Send) -> Answer:
         transport = self._transports[effect.request.target]
+        if isinstance(transport, Streams):
+            return await transport.exchange(effect.request, effect.deadline)
         response = await transport.handle_async_request(effect.request.as_httpx())
         try:
             download = Download(response.headers, effect.deadline)
             async for piece in cast("httpx.AsyncByteStream", response.stream):
                 download.add(piece)
-            answer = Answer(response.status_code, response.headers, download.finish())
+            return Answer(response.status_code, response.headers, download.finish())
         finally:
             await response.aclose()
-        if "content-encoding" not in answer.headers:
-            return answer
-        return await asyncio.to_thread(decoded, answer, self._calls.accepted)
 
 
-def _pool(address: Address) -> httpx.AsyncBaseTransport:
-    is_tls = address.base.scheme == "https"
-    options = KEEPALIVE if address.uds is None else None
-    return httpx.AsyncHTTPTransport(
-        verify=is_tls, limits=LIMITS, uds=address.uds, proxy=address.proxy, socket_options=options
-    )
+def _pool(address: Address) -> httpx.AsyncBaseTransport | Streams:
+    if address.proxy is None:
+        return Streams(address)
+    return httpx.AsyncHTTPTransport(proxy=address.proxy, limits=LIMITS, socket_options=KEEPALIVE)

@@ -15,18 +15,17 @@ import ssl
 import time
 from collections.abc import Iterator, Sequence
 
-import httptools
 import httpx
 
 from argrad.transport.address import Address
 from argrad.transport.bodies import Outgoing
 from argrad.transport.exchange import Answer, Deadline
+from argrad.transport.head import MOST_HEAD_BYTES, Head
 
 _RECEIVED_BYTES = 64 * 1024
-_MOST_HEAD_BYTES = 256 * 1024
 _MOST_BUFFERS = min(os.sysconf("SC_IOV_MAX"), 512) if "SC_IOV_MAX" in os.sysconf_names else 16
 _LEAST_WAIT_S = 1e-3  # 0 would mean: do not wait
-_SMALL_BYTES = 64 * 1024
+SMALL_BYTES = 64 * 1024
 """A request up to here is one write: two would wake the service twice."""
 
 _VANISHED_S = 30
@@ -47,51 +46,6 @@ def _keepalive() -> list[tuple[int, int, int]]:
 KEEPALIVE = _keepalive()
 
 
-class _Head:
-    """What httptools tells of a reply."""
-
-    def __init__(self) -> None:
-        self.headers: dict[str, str] = {}
-        self.pieces: list[bytes] = []
-        self.is_read = self.is_complete = self.is_followed = False
-        self.is_kept_alive, self.status_code = False, 0
-        self._parser = httptools.HttpResponseParser(self)
-        self.feed = self._parser.feed_data
-
-    def on_message_begin(self) -> None:
-        self.is_followed = self.is_read
-        if not self.is_followed:
-            self.headers.clear()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.is_followed:
-            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-
-    def on_headers_complete(self) -> None:
-        if not self.is_followed:
-            self.status_code = int(self._parser.get_status_code())
-            self.is_kept_alive = bool(self._parser.should_keep_alive())
-            self.is_read = not 100 <= self.status_code < 200  # an interim reply is not the reply
-
-    def on_body(self, piece: bytes) -> None:
-        if not self.is_followed:
-            self.pieces.append(piece)
-
-    def on_message_complete(self) -> None:
-        self.is_complete = self.is_read
-
-    @property
-    def is_reusable(self) -> bool:
-        """Whether the connection may carry another call; not if more came than was asked for."""
-        return self.is_kept_alive and not self.is_followed
-
-    @property
-    def length(self) -> int | None:
-        """Content-Length of a body that is not chunked."""
-        text = self.headers.get("content-length", "")
-        return int(text) if text.isdigit() and "transfer-encoding" not in self.headers else None
-
-
 class Connection:
     """A connection that carries one call at a time; the caller sees to that.
 
@@ -106,7 +60,7 @@ class Connection:
     """
 
     def __init__(self, address: Address, context: ssl.SSLContext | None, timeout_s: float | None) -> None:
-        with _mapped(httpx.ConnectError, httpx.ConnectTimeout):
+        with mapped(httpx.ConnectError, httpx.ConnectTimeout):
             self._socket = _connect(address, context, timeout_s)
         self._is_tls = context is not None
         self.used_at = time.monotonic()
@@ -128,12 +82,12 @@ class Connection:
         self.is_reusable = False
         failure: httpx.TransportError | None = None
         try:
-            with _mapped(httpx.WriteError, httpx.WriteTimeout):
+            with mapped(httpx.WriteError, httpx.WriteTimeout):
                 self._send(request, deadline)
         except httpx.WriteError as error:
             failure = error  # a service that refuses early closes its end, and its reply may be here to be read
         try:
-            with _mapped(httpx.ReadError, httpx.ReadTimeout):
+            with mapped(httpx.ReadError, httpx.ReadTimeout):
                 answer = self._receive(deadline)
         except (httpx.ReadError, httpx.RemoteProtocolError) as error:
             raise failure or error from None
@@ -148,7 +102,7 @@ class Connection:
     def _send(self, request: Outgoing, deadline: Deadline) -> None:
         head = request.head()
         self._wait_at_most(deadline)
-        if len(head) + request.body.size <= _SMALL_BYTES:
+        if len(head) + request.body.size <= SMALL_BYTES:
             self._socket.sendall(b"".join([head, *request.body.buffers]))
             return
         buffers = [memoryview(head), *request.body.views()]
@@ -159,18 +113,18 @@ class Connection:
             buffers = _after(buffers, sent)
 
     def _receive(self, deadline: Deadline) -> Answer:
-        head, size = _Head(), 0
+        head, size = Head(), 0
         while not head.is_read:
             data = self._next(deadline)
             size += len(data)
-            if not data or size > _MOST_HEAD_BYTES + _RECEIVED_BYTES:
+            if not data or size > MOST_HEAD_BYTES + _RECEIVED_BYTES:
                 found = f"after {size} bytes" if not data else "or its head was too long"
                 raise httpx.RemoteProtocolError(f"the reply was cut off {found}, within its head")
-            _feed(head, data)
+            head.feed(data)
         body = self._known(head, head.length, deadline) if head.length is not None else self._unknown(head, deadline)
         return Answer(head.status_code, head.headers, body)
 
-    def _known(self, head: _Head, length: int, deadline: Deadline) -> bytearray:
+    def _known(self, head: Head, length: int, deadline: Deadline) -> bytearray:
         """A body of known length; the parser has seen its beginning, and is not needed for the rest."""
         first = b"".join(head.pieces)
         if len(first) == length:
@@ -188,7 +142,7 @@ class Connection:
         self.is_reusable = head.is_reusable
         return body
 
-    def _unknown(self, head: _Head, deadline: Deadline) -> bytearray:
+    def _unknown(self, head: Head, deadline: Deadline) -> bytearray:
         """A chunked body, or one that ends with the connection, as proxies may send."""
         is_chunked = "transfer-encoding" in head.headers
         while not head.is_complete:
@@ -197,7 +151,7 @@ class Connection:
                 if is_chunked:
                     raise httpx.RemoteProtocolError("the reply was cut off within a chunk")
                 return bytearray(b"".join(head.pieces))
-            _feed(head, data)
+            head.feed(data)
         self.is_reusable = head.is_reusable
         return bytearray(b"".join(head.pieces))
 
@@ -233,13 +187,6 @@ def _connect(address: Address, context: ssl.SSLContext | None, timeout_s: float 
         raise
 
 
-def _feed(head: _Head, data: bytes) -> None:
-    try:
-        head.feed(data)
-    except httptools.HttpParserError as error:
-        raise httpx.RemoteProtocolError(f"the reply is not HTTP: {error}") from error
-
-
 def _after(buffers: Sequence[memoryview], sent: int) -> list[memoryview]:
     """What is left of buffers once so many bytes of them were sent."""
     for i, buffer in enumerate(buffers):
@@ -250,7 +197,7 @@ def _after(buffers: Sequence[memoryview], sent: int) -> list[memoryview]:
 
 
 @contextlib.contextmanager
-def _mapped(error: type[httpx.TransportError], timeout: type[httpx.TransportError]) -> Iterator[None]:
+def mapped(error: type[httpx.TransportError], timeout: type[httpx.TransportError]) -> Iterator[None]:
     """The socket's exceptions as httpx's."""
     try:
         yield
