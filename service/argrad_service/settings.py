@@ -131,6 +131,13 @@ class Settings(BaseSettings):
         description="Largest JSON request body, likewise; above it 413, use the binary form. JSON is parsed under "
         "Python's global lock: a large value lets other requests wait.",
     )
+    max_json_numbers: _Count = Field(524_288, description="Most numbers in a JSON request body; above it 413.")
+    max_json_depth: int = Field(
+        64,
+        ge=8,
+        le=1000,
+        description="Most brackets and braces of a JSON request body that are open at once; above it 413.",
+    )
     max_reply_bytes: _Bytes = Field(
         ByteSize(512 * _MIB), description="Largest reply, computed from shapes before anything is solved; above it 413."
     )

@@ -159,6 +159,7 @@ REQUESTS: dict[str, Send] = {
     "registration of nothing": put("0" * 64, {}),
     "truncated JSON": lambda c: c.post("/v1/solve", content=b'{"problem": {"Q": [[1, 0', headers=JSON),
     "JSON body over its limit": lambda c: c.post("/v1/solve", content=b" " * (2 * 1024**2 + 1), headers=JSON),
+    "JSON of deep brackets": lambda c: c.post("/v1/solve", content=b'{"q": ' + b"[" * 3000, headers=JSON),
     "JSON of brackets": lambda c: c.post("/v1/solve", content=b'{"q": ' + b"[" * 300_000, headers=JSON),
     "truncated tensors": binary({"problem.q": tensor([2], 0, 16)}, bytes(8)),
     "overlapping tensors": binary({"problem.q": tensor([2], 0, 16), "problem.h": tensor([2], 8, 24)}, bytes(24)),

@@ -32,6 +32,9 @@ INTEGER_TENSORS = frozenset(
 _SCALAR_SECTION, _SCALAR_PARAMETER = "report.", ".entropy"
 _NON_FINITE = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 _MAX_RANK = 8
+_OPENED = np.zeros(256, np.int8)
+_OPENED[list(b"[{")], _OPENED[list(b"]}")] = 1, -1
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _DTYPES = (torch.float64, torch.float32, torch.int64)
 
 
@@ -43,11 +46,13 @@ class JsonLimits:
         max_bytes: Length of the body.
         max_brackets: Opening brackets and braces, each of which becomes an object of its own.
         max_numbers: Elements, counted by their commas.
+        max_depth: Brackets and braces that are open at once, whether or not they stand in a string.
     """
 
     max_bytes: int = 2 << 20
     max_brackets: int = 200_000
     max_numbers: int = 500_000
+    max_depth: int = 64
 
 
 DEFAULT_LIMITS = JsonLimits()
@@ -103,6 +108,14 @@ def _check_limits(text: bytes | bytearray, limits: JsonLimits) -> None:
         raise _too_large(f"{brackets} brackets in JSON", limits.max_brackets)
     if (commas := text.count(b",")) >= limits.max_numbers:
         raise _too_large(f"{commas + 1} elements in JSON", limits.max_numbers)
+    if brackets > limits.max_depth and (depth := _depth(text)) > limits.max_depth:
+        raise _too_large(f"{depth} nested brackets in JSON", limits.max_depth)
+
+
+def _depth(text: bytes | bytearray) -> int:
+    """Most brackets and braces that are open at once."""
+    brackets = np.frombuffer(text.translate(None, _NO_BRACKETS), np.uint8)
+    return int(_OPENED[brackets].cumsum(dtype=np.int32).max())
 
 
 def _too_large(found: str, limit: int) -> TooLargeError:

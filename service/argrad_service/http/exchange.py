@@ -247,7 +247,12 @@ class Exchange:
     @property
     def _json_limits(self) -> JsonLimits:
         nbytes = int(self.settings.max_json_bytes)
-        return JsonLimits(max_bytes=nbytes, max_brackets=nbytes // 10, max_numbers=nbytes // 4)
+        return JsonLimits(
+            max_bytes=nbytes,
+            max_brackets=nbytes // 10,
+            max_numbers=self.settings.max_json_numbers,
+            max_depth=self.settings.max_json_depth,
+        )
 
     def _timeout_s(self, headers: Headers) -> float:
         text = headers.get("argrad-timeout-ms")
