@@ -50,6 +50,7 @@ Missing = list[tuple[str, str]]
 
 _EVERYWHERE = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - addresses that say nothing of where
 _HEADER_BYTES = 2048
+_CHEAP_BYTES = 16 * 1024
 _SHARED_FLAGS = {Flag.FALLBACK.value}
 """What may be known of a solution that another replica shall differentiate at: nothing that its verdict rests on."""
 
@@ -138,7 +139,11 @@ class Sharing:
         nbytes = _HEADER_BYTES + sum(tensor.nbytes for tensor in tensors)
         if nbytes <= self._max_state_bytes and _is_plain(reply):
             solver = SolverDocument(tolerance=request.solver.tolerance, max_iterations=request.solver.max_iterations)
-            self._shared.put_later("state", owner, reply.state, lambda: _state_record(kept, own, solver), nbytes)
+            # A tensor on a GPU is waited for, behind whatever else is queued there.
+            is_cheap = nbytes <= _CHEAP_BYTES and all(tensor.device.type == "cpu" for tensor in tensors)
+            self._shared.put_later(
+                "state", owner, reply.state, lambda: _state_record(kept, own, solver), nbytes, is_cheap=is_cheap
+            )
 
     async def publish_problem(self, name: str, owner: str) -> None:
         """Leave registered parameters for others, and return once they are there, or cannot be."""

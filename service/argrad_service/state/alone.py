@@ -70,7 +70,9 @@ class MemoryShared:
         owner: str,
         name: str,
         record: Callable[[], bytes],
-        nbytes: int,  # noqa: ARG002 - as `Shared` has it
+        nbytes: int,  # noqa: ARG002 - as `Shared` has it, as is the next
+        *,
+        is_cheap: bool = False,  # noqa: ARG002
     ) -> None:
         """See `Shared`; it is made at once."""
         if self.is_shared:

@@ -153,10 +153,12 @@ class RedisShared:
             return False
         return True
 
-    def put_later(self, space: Space, owner: str, name: str, record: Callable[[], bytes], nbytes: int) -> None:
+    def put_later(
+        self, space: Space, owner: str, name: str, record: Callable[[], bytes], nbytes: int, *, is_cheap: bool = False
+    ) -> None:
         """See `Shared`."""
         key = self._key(space, owner, name)
-        self.writer.set(key, lambda: self._seal.close(key, record()), self._ttl_ms[space], nbytes)
+        self.writer.set(key, lambda: self._seal.close(key, record()), self._ttl_ms[space], nbytes, is_cheap=is_cheap)
 
     async def delete(self, space: Space, owner: str, name: str) -> bool:
         """See `Shared`."""

@@ -112,15 +112,18 @@ class Shared(RateCounter, Protocol):
         """Keep a record, and return once it is kept; False where it is not."""
         ...
 
-    def put_later(self, space: Space, owner: str, name: str, record: Callable[[], bytes], nbytes: int) -> None:
+    def put_later(
+        self, space: Space, owner: str, name: str, record: Callable[[], bytes], nbytes: int, *, is_cheap: bool = False
+    ) -> None:
         """Keep a record some time soon, or not at all.
 
         Args:
             space: What it is of.
             owner: Whose it is.
             name: Under which it is found.
-            record: Makes it, on another thread.
+            record: Makes it.
             nbytes: About how long it will be.
+            is_cheap: Whether the event loop may make it; by default another thread does.
         """
         ...
 

@@ -18,6 +18,9 @@ MAX_WAITING_BYTES = 64 * 1024**2
 MAX_WAITING = 10_000
 """Commands that wait at most."""
 
+LINGER_S = 0.02
+"""Seconds for which what is to be forgotten waits for a record to travel with."""
+
 _AT_ONCE = 64
 _BYTES_AT_ONCE = 4 * 1024**2
 
@@ -27,8 +30,9 @@ class _Write:
     """A record to be kept, or with `record` None a key to be forgotten."""
 
     record: Callable[[], bytes] | None
-    ttl_ms: int
-    nbytes: int
+    ttl_ms: int = 0
+    nbytes: int = 0
+    is_cheap: bool = True
 
 
 class Writer:
@@ -51,27 +55,36 @@ class Writer:
         """Commands that wait."""
         return len(self._waiting)
 
-    def set(self, key: bytes, record: Callable[[], bytes], ttl_ms: int, nbytes: int) -> None:
-        """Keep a record soon, unless too much waits already or nobody would take it."""
+    def set(self, key: bytes, record: Callable[[], bytes], ttl_ms: int, nbytes: int, *, is_cheap: bool) -> None:
+        """Keep a record soon, unless too much waits already or nobody would take it.
+
+        Args:
+            key: Its place.
+            record: Makes it.
+            ttl_ms: Milliseconds for which it is kept.
+            nbytes: About how long it is.
+            is_cheap: Whether the event loop may make it: a change of threads would cost more.
+        """
         is_full = len(self._waiting) >= MAX_WAITING or self._nbytes + nbytes > MAX_WAITING_BYTES
         if is_full or self._link.line.is_open or self._link.room.is_open:
             self.dropped += 1
             return
-        self._add(key, _Write(record, ttl_ms, nbytes))
+        self._add(key, _Write(record, ttl_ms, nbytes, is_cheap))
+        self._is_wanted.set()
 
     def delete(self, key: bytes) -> None:
         """Forget a key soon; where that cannot be, it expires."""
         if len(self._waiting) >= MAX_WAITING or self._link.line.is_open:
             self._remove(key)
             return
-        self._add(key, _Write(None, 0, 0))
+        self._add(key, _Write(None))
+        asyncio.get_running_loop().call_later(LINGER_S, self._is_wanted.set)
 
     def _add(self, key: bytes, write: _Write) -> None:
         self._remove(key)
         self._waiting[key] = write
         self._nbytes += write.nbytes
         self._is_idle.clear()
-        self._is_wanted.set()
 
     def _remove(self, key: bytes) -> None:
         before = self._waiting.pop(key, None)
@@ -105,11 +118,18 @@ class Writer:
         return taken
 
     async def _write(self, taken: list[tuple[bytes, _Write]]) -> None:
-        # Records are copied off tensors, perhaps off a GPU: not on the event loop.
-        pairs = await asyncio.to_thread(lambda: list(filter(None, map(_made, taken))))
-        self.dropped += len(taken) - len(pairs)
+        if all(write.is_cheap for _, write in taken):
+            pairs = list(filter(None, map(_made, taken)))
+        else:
+            pairs = await asyncio.to_thread(lambda: list(filter(None, map(_made, taken))))
+        if len(pairs) < len(taken):
+            self._link.errors["record"] += len(taken) - len(pairs)
+            self.dropped += len(taken) - len(pairs)
 
         async def work(redis: Redis) -> list[object]:
+            if len(pairs) == 1:
+                key, ttl_ms, record = pairs[0]
+                return [await (redis.delete(key) if record is None else redis.set(key, record, px=ttl_ms))]
             pipeline = redis.pipeline(transaction=False)
             for key, ttl_ms, record in pairs:
                 if record is None:
