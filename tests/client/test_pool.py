@@ -325,7 +325,14 @@ def test_tasks_at_once_and_one_that_is_cancelled(make_loop: str) -> None:
         if not connection.recv(1):  # closed, without a word
             ended.set()
 
-    server = Server(waits, keeps_saying(2), keeps_saying(1))
+    closed = threading.Event()
+
+    def answers_twice(connection: socket.socket) -> None:
+        keeps_saying(2)(connection)
+        connection.close()
+        closed.set()
+
+    server = Server(waits, answers_twice, keeps_saying(1))
     address = parse_address(server.url)
 
     def one(streams: Streams) -> Any:
@@ -345,6 +352,7 @@ def test_tasks_at_once_and_one_that_is_cancelled(make_loop: str) -> None:
         assert await asyncio.to_thread(ended.wait, 5)
         # The second call takes the connection of the first one again.
         assert [bytes((await one(streams)).body) for _ in range(2)] == [b"hi", b"hi"]
+        assert await asyncio.to_thread(closed.wait, 5)
         assert bytes((await one(streams)).body) == b"hi"
         await streams.aclose()
 
