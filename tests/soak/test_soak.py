@@ -46,6 +46,10 @@ def test_the_interval_holds_the_growth():
     assert trend.high - trend.low < 15 * MIB
 
 
+def test_what_never_changes_does_not_grow():
+    assert trend_of([4.0] * 100) == Trend(4.0, 0.0, 0.0, 0.0)
+
+
 def test_too_few_values_are_refused():
     with pytest.raises(ValueError, match="39 values, wanted 40 or more"):
         trend_of([1.0] * 39)

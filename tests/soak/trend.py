@@ -45,5 +45,7 @@ def trend_of(values: Sequence[float]) -> Trend:
         raise ValueError(f"{len(values)} values, wanted {2 * BLOCKS} or more")
     means = np.array([block.mean() for block in np.array_split(np.asarray(values, dtype=float), BLOCKS)])
     fit = stats.linregress(np.arange(BLOCKS) / (BLOCKS - 1), means)
+    if np.ptp(means) == 0.0:  # of which scipy cannot say how sure it is
+        return Trend(float(means.mean()), 0.0, 0.0, 0.0)
     margin = float(stats.t.ppf(0.5 + CONFIDENCE / 2, BLOCKS - 2)) * float(fit.stderr)
     return Trend(float(means.mean()), float(fit.slope), float(fit.slope) - margin, float(fit.slope) + margin)
