@@ -55,7 +55,7 @@ def read_only_source(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_kernels_are_compiled_elsewhere_and_before_it_is_ready(read_only_source: Path, tmp_path: Path):
     """No home and no cache: there is the folder of temporary files, as in the container, and nothing else."""
     temporary, nowhere = tmp_path / "tmp", read_only_source / "none"
@@ -87,7 +87,7 @@ def test_kernels_are_compiled_elsewhere_and_before_it_is_ready(read_only_source:
             preexec_fn=obey_permissions,
         )
     try:
-        wait_until(lambda: process.poll() is not None or status() == 200, 300)
+        wait_until(lambda: process.poll() is not None or status() == 200, 480)
         assert process.poll() is None, (tmp_path / "log").read_text()
         compiled = {path.name for path in temporary.rglob("*.nbc")}
         assert compiled, "cached where it can be written"
