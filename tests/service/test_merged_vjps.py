@@ -203,6 +203,7 @@ async def test_vjps_that_wait_go_together_and_before_the_solves(batching: bool) 
         ]
         await queued(client, 7)
         tasks[1].cancel()
+        await asyncio.gather(tasks[1], return_exceptions=True)
         await queued(client, 7)  # it stands in the queue until its turn comes
         gated.released.set()
         answers = [await task for i, task in enumerate(tasks) if i != 1]
