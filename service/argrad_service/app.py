@@ -216,8 +216,11 @@ async def _warm_up(operations: Operations, scheduler: Scheduler, readiness: Read
         for solver, rows in itertools.product(("auto", "pdipm"), (1, 4)):
             work = functools.partial(_solve_small, operations, solver, rows)
             await scheduler.submit(work, deadline=float("inf")).future
-        work = functools.partial(_solve_small, operations, "auto", 1, entropy=1.0)
-        await scheduler.submit(work, deadline=float("inf")).future
+        for work in (
+            functools.partial(_solve_small, operations, "auto", 1, entropy=1.0),
+            functools.partial(_solve_shared, operations),
+        ):
+            await scheduler.submit(work, deadline=float("inf")).future
     except Exception as error:
         readiness.phase, readiness.reason = "failed", f"the first solve failed: {error}"
         log.error("not ready", reason=readiness.reason, exc_info=error)
@@ -238,6 +241,13 @@ def _solve_small(operations: Operations, solver: str, rows: int, _: Job[None], *
     }
     request = SolveRequest(solver=SolverDocument(name=solver))
     operations.prepare_solve(request, tensors, owner=PUBLIC)(never_stop, {})
+
+
+def _solve_shared(operations: Operations, _: Job[None]) -> None:
+    """A batch that shares Q and rows, as many as its kernels begin at."""
+    Q = torch.eye(48, dtype=torch.float64)
+    tensors = {"problem.Q": Q, "problem.q": -Q[:16], "problem.G": Q, "problem.h": 0.5 * Q.sum(0)}
+    operations.prepare_solve(SolveRequest(), tensors, owner=PUBLIC)(never_stop, {})
 
 
 async def _sweep(*stores: StateStore | ProblemStore | Shared) -> None:

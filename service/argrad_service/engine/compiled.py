@@ -14,7 +14,7 @@ from torch import Tensor
 from argrad_service.engine.active_set import Rows
 from argrad_service.engine.data import Data, Residuals
 from argrad_service.engine.kernels import batch as kernels
-from argrad_service.engine.kernels import small
+from argrad_service.engine.kernels import shared_rows, small
 from argrad_service.engine.kernels.active_set import NOT_DEFINITE
 from argrad_service.engine.kernels.lapack import LETTERS, Lapack, load
 from argrad_service.engine.kernels.pool import blas_for, over_batch
@@ -24,6 +24,7 @@ from argrad_service.engine.point import Finished, RowsFactor
 Array = NDArray[np.float64]
 
 _WHITENED = "whitened"
+_INVERSE = "inverse"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,10 +132,14 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
         f = factors
         arrays = (f.L, f.X, f.scale, gram, f.S, f.index, f.count, active, z, y, s, report, steps, code)
         given = (Q, q, C, d, data.p, ready is not None, *arrays)
+        inverse = _inverse(data, gram) if shares_both and not is_small and r <= n else None
 
         def run(start: int, stop: int) -> None:
             if is_small:
                 small.solve_small_range(start, stop, *given)
+            elif inverse is not None:
+                shared = (f.L, f.X, f.scale, gram, inverse, *arrays[4:])
+                shared_rows.solve_shared_range(lapack, LETTERS, start, stop, Q, q, C, d, data.p, *shared)
             else:
                 kernels.solve_range(lapack, LETTERS, start, stop, *given)
 
@@ -286,6 +291,22 @@ def join_factors(parts: Sequence[Factors], counts: Sequence[int]) -> Factors:
         index=np.concatenate([part.index for part in parts]),
         count=np.concatenate([part.count for part in parts]),
     )
+
+
+def _inverse(data: Data, gram: Array) -> Array | None:
+    """The inverse of the Gram matrix that a batch shares, where it pays and the rows are independent."""
+    if data.B < shared_rows.LEAST_BATCH or gram.shape[1] < shared_rows.LEAST_ROWS:
+        return None
+    sources, prepared = (data.Q, data.C), data.prepared
+    inverse: Array | None = None if prepared is None else prepared.find(_INVERSE, sources)
+    if inverse is None:
+        inverse, work = np.empty(gram.shape[1:]), (np.zeros(4, np.int32), LETTERS, np.zeros(2))
+        with blas_for(float(gram.shape[1]) ** 3):
+            if not shared_rows.invert(_lapack(), gram[0], inverse, work):
+                return None
+        if prepared is not None:
+            prepared.keep(_INVERSE, sources, inverse)
+    return inverse
 
 
 def _is_small(n: int, rows: int) -> bool:
