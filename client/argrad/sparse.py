@@ -19,6 +19,7 @@ from torch import Tensor
 from argrad import operations
 from argrad.autograd import find_learned
 from argrad.client import Client
+from argrad.derivatives import signed
 from argrad.errors import GradientError, SolveError
 from argrad.options import OnFailure, Options
 from argrad.problems import check_finite, parse
@@ -26,7 +27,7 @@ from argrad.problems.form import Blocks
 from argrad.problems.sparse import pattern_gradients
 from argrad.problems.sparse_tensors import take_apart
 from argrad.recorded import Recorded, State, after_failure, check_cotangents, fill_rows
-from argrad.results import check_gradients
+from argrad.results import check_gradients, failed_indices
 from argrad.wire import messages
 
 Tensors = tuple[Tensor, ...]
@@ -111,23 +112,30 @@ class _Solve(_First):
     """Blocks of the solution of a problem."""
 
     @staticmethod
+    @signed
     def forward(record: Recorded, *parameters: Tensor) -> Tensors:
-        form = parse(record.kind, dict(zip(record.names, parameters, strict=True)))
-        steps = operations.solve(
-            form,
-            options=record.options,
-            call=record.call,
-            learned=record.learned,
-            keep_state=record.keep_state,
-            check=False,
-        )
-        result = record.client.run(steps)
-        record.failed = result.failed
-        if result.state is not None:
-            record.state = State(record.client, result.state)
-        if result.failed and record.on_failure == "raise":
-            raise SolveError(result.statuses, result.failed)
-        blocks = after_failure(record, parameters, result.solution) if result.failed else result.solution
+        given, client = dict(zip(record.names, parameters, strict=True)), record.client
+        form = parse(record.kind, given)
+        if record.gradients == "adjoint" and client.solves_here(given, record.options):
+            here = client.solve_here(form, record.options, record.call)
+            record.failed, solution, statuses = failed_indices(here.statuses), here.solution, here.statuses
+            record.here = here if record.keep_state else None
+        else:
+            steps = operations.solve(
+                form,
+                options=record.options,
+                call=record.call,
+                learned=record.learned,
+                keep_state=record.keep_state,
+                check=False,
+            )
+            result = client.run(steps)
+            record.failed, solution, statuses = result.failed, result.solution, result.statuses
+            if result.state is not None:
+                record.state = State(client, result.state)
+        if record.failed and record.on_failure == "raise":
+            raise SolveError(statuses, record.failed)
+        blocks = after_failure(record, parameters, solution) if record.failed else solution
         return tuple(blocks[name].clone() for name in record.blocks)
 
     @staticmethod
@@ -173,28 +181,35 @@ class _Gradients(_Derivative):
     """Gradients of the parameters named in `wrt`."""
 
     @staticmethod
+    @signed
     def forward(record: Recorded, wrt: tuple[str, ...], *operands: Any) -> Tensors:
         parameters, solution, given = record.unpack(operands, len(record.blocks))
         cotangents = {name: tensor for name, tensor in record.named_blocks(given).items() if tensor is not None}
         mask = check_cotangents(record, cotangents, record.unusable(parameters))
         if mask is not None and bool(mask):
             return _filled(record, wrt, parameters)
-        place = record.place(parameters, record.named_blocks(solution))
-        steps = operations.vjp(
-            place,
-            cotangents,
-            options=record.options,
-            call=record.call,
-            wrt=wrt,
-            gradients=record.gradients,
-            failed_gradients=record.failed_gradients,
-        )
-        result = record.client.run(steps)
+        blocks, here = record.named_blocks(solution), record.here_for(parameters)
+        formed: Blocks | None = None
+        if here is not None:
+            derived = here.adjoint(cotangents, failed=record.failed_gradients, timeout_s=record.call.timeout_s)
+            adjoint, statuses = derived.blocks, derived.statuses
+        else:
+            steps = operations.vjp(
+                record.place(parameters, blocks),
+                cotangents,
+                options=record.options,
+                call=record.call,
+                wrt=wrt,
+                gradients=record.gradients,
+                failed_gradients=record.failed_gradients,
+            )
+            result = record.client.run(steps)
+            formed, adjoint, statuses = result.gradients, result.adjoint or {}, result.gradient_statuses
         if record.on_failure == "raise":
-            check_gradients(result.gradient_statuses)
-        formed = result.gradients
+            check_gradients(statuses)
         if formed is None:
-            formed = pattern_gradients(place.parameters, place.solution, result.adjoint or {}, wrt)
+            named = dict(zip(record.names, parameters, strict=True))
+            formed = pattern_gradients(named, blocks, adjoint, wrt)
         return tuple(formed[name].clone() for name in wrt)
 
 
@@ -202,6 +217,7 @@ class _Tangents(_Derivative):
     """Tangents of the blocks of a solution, from tangents of the parameters, some of which may be None."""
 
     @staticmethod
+    @signed
     def forward(record: Recorded, *operands: Any) -> Tensors:
         parameters, solution, given = record.unpack(operands, len(record.names))
         pairs = zip(record.names, given, strict=True)
@@ -212,17 +228,23 @@ class _Tangents(_Derivative):
         mask = record.unusable(parameters)
         if mask is not None:
             return tuple(fill_rows(blocks, mask, record.filler).values())
-        steps = operations.jvp(
-            record.place(parameters, blocks),
-            tangents,
-            options=record.options,
-            call=record.call,
-            failed_gradients=record.failed_gradients,
-        )
-        result = record.client.run(steps)
+        here = record.here_for(parameters)
+        if here is not None:
+            derived = here.tangents(tangents, failed=record.failed_gradients, timeout_s=record.call.timeout_s)
+            moved, statuses = derived.blocks, derived.statuses
+        else:
+            steps = operations.jvp(
+                record.place(parameters, blocks),
+                tangents,
+                options=record.options,
+                call=record.call,
+                failed_gradients=record.failed_gradients,
+            )
+            result = record.client.run(steps)
+            moved, statuses = result.tangents, result.gradient_statuses
         if record.on_failure == "raise":
-            check_gradients(result.gradient_statuses)
-        return tuple(result.tangents[name].clone() for name in record.blocks)
+            check_gradients(statuses)
+        return tuple(moved[name].clone() for name in record.blocks)
 
 
 def _filled(record: Recorded, wrt: Sequence[str], parameters: Sequence[Tensor]) -> Tensors:
