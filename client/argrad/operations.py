@@ -41,6 +41,13 @@ from argrad.wire.messages import (
 
 Name = Literal["solve", "vjp", "jvp", "register"]
 
+_ITERATED = ("altdiff", "unrolled")
+"""Methods that differentiate the iterations of the solver, not the conditions at its solution."""
+
+
+class _IterationsGone(Exception):  # noqa: N818 - a verdict, not an error
+    """The service has no state, and the method cannot begin at a solution."""
+
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
@@ -75,6 +82,7 @@ class Place:
         solution: Blocks by the caller's names.
         state: Token that stands for all three, while the service keeps it.
         learned: Parameters that need a gradient.
+        is_own: Whether a solve with the same options found the solution, and would find it again.
     """
 
     kind: Literal["qp", "qp_two_sided", "sparse_qp"]
@@ -82,6 +90,7 @@ class Place:
     solution: Mapping[str, Tensor]
     state: str | None
     learned: frozenset[str] = frozenset()
+    is_own: bool = False
 
 
 def form_of(problem: QP | Form, trusted: Collection[str] = ()) -> Form:
@@ -115,6 +124,7 @@ def place_of(point: Point) -> Place:
         solution=point.solution,
         state=point.state,
         learned=learned_of(point.problem),
+        is_own=isinstance(point, SolveResult),
     )
 
 
@@ -287,7 +297,11 @@ def vjp(
     gradients: Gradients = "full",
     failed_gradients: FailedGradients = "nan",
 ) -> Generator[Exchange, Reply, GradientResult]:
-    """POST /v1/vjp; nothing is checked here."""
+    """POST /v1/vjp; nothing is checked here.
+
+    A method that differentiates the solver's own iterations cannot begin at a solution: where its state is gone, one
+    POST /v1/solve repeats them, and brings the gradients.
+    """
     request = VjpRequest(
         problem=ProblemDocument(kind=place.kind),
         solver=options.solver_document,
@@ -297,7 +311,27 @@ def vjp(
         failed_gradients=failed_gradients,
         precision=options.precision,
     )
-    message, out = yield from _at("vjp", place, request, _directions("upstream", upstream, options), call)
+    began = time.monotonic()
+    try:
+        message, out = yield from _at("vjp", place, request, _directions("upstream", upstream, options), call)
+    except _IterationsGone:
+        solved = yield from solve(
+            parse(place.kind, place.parameters),
+            options=options,
+            call=less(call, time.monotonic() - began),
+            upstream=upstream,
+            wrt=wrt,
+            gradients=gradients,
+            failed_gradients=failed_gradients,
+            learned=place.learned,
+            check=False,
+        )
+        return GradientResult(
+            gradients=solved.gradients,
+            adjoint=solved.adjoint,
+            gradient_statuses=solved.gradient_statuses,
+            report=solved.report,
+        )
     reply = cast("VjpReply", message)
     like = next(iter(place.parameters.values()))
     return GradientResult(
@@ -334,7 +368,7 @@ def jvp(
     )
 
 
-def _at(name: Name, place: Place, request: Message, direction: TensorMap, call: Call) -> Steps:
+def _at(name: Name, place: Place, request: VjpRequest | JvpRequest, direction: TensorMap, call: Call) -> Steps:
     """Differentiate by state token; without one, or once the state is gone, by problem and solution."""
     began = time.monotonic()
     if place.state is not None:
@@ -343,6 +377,8 @@ def _at(name: Name, place: Place, request: Message, direction: TensorMap, call: 
             return (yield Exchange(name, by_state, direction, call))
         except StateGoneError:
             pass
+    if place.is_own and request.differentiation.method in _ITERATED:
+        raise _IterationsGone
     # s = h − Gz needs not travel.
     solution = {key: block for key, block in place.solution.items() if key != "s"}
     tensors = named("problem", place.parameters) | named("solution", solution) | direction

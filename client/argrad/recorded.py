@@ -139,6 +139,7 @@ class Recorded:
             solution=solution,
             learned=self.learned,
             state=self.state.token if self.state is not None and is_same else None,
+            is_own=True,
         )
 
     def here_for(self, parameters: Sequence[Tensor]) -> SolvedHere | None:

@@ -74,7 +74,6 @@ def create_app(
         shared: Keeps what replicas share; by default in Redis or in memory, as the settings say.
         log: Structured logger; by default to standard error as the settings say.
         clock: Monotonic seconds, for both stores and the rates.
-
         tracing: Exports spans; by default to where the settings say, if they do.
 
     Raises:

@@ -219,6 +219,30 @@ class TestLostStates:
         assert [received.path for received in service.received] == ["/v1/solve", "/v1/vjp", "/v1/vjp"]
         assert len({received.headers["argrad-affinity"] for received in service.received}) == 1
 
+    @pytest.mark.parametrize(("solver", "method"), [("barrier", "unrolled"), ("admm", "altdiff")])
+    @pytest.mark.parametrize("lost", ["gone", "never kept"])
+    def test_a_method_that_repeats_iterations_solves_again(
+        self, recorder: Recorder, recorded: Client, solver: str, method: str, lost: str
+    ) -> None:
+        options = Options(solver=solver, method=method)
+        kept = recorded.solve(QP, options=options)
+        wanted = recorded.vjp(kept, G1, options=options, wrt=["q", "b"]).gradients
+        result = recorded.solve(QP, options=options, keep_state=lost == "gone")
+
+        def fail(name: str, _: Any) -> None:
+            if name == "vjp":
+                raise argrad.StateGoneError("gone", status_code=409, type="state-gone")
+
+        recorder.before = fail
+        before = len(recorder.names)
+        found = recorded.vjp(result, G1, options=options, wrt=["q", "b"]).gradients
+        assert recorder.names[before:] == (["vjp", "solve"] if lost == "gone" else ["solve"])
+        assert wanted is not None
+        assert found is not None
+        assert {name: tensor.tolist() for name, tensor in found.items()} == {
+            name: tensor.tolist() for name, tensor in wanted.items()
+        }
+
     def test_a_state_that_is_gone_twice_is_an_error(self, recorder: Recorder, recorded: Client) -> None:
         result = recorded.solve(QP)
 
