@@ -56,7 +56,11 @@ def check_refused(response: httpx.Response, status: int, kind: str) -> None:
     assert document["request_id"] == response.headers["x-request-id"]
 
 
-@pytest.mark.parametrize("given", [{}, bearer(new_key()), bearer(""), {"authorization": f"Basic {ALICE}"}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{}, bearer(new_key()), bearer(""), {"authorization": f"Basic {ALICE}"}],
+    ids=["no header", "an unknown key", "an empty key", "another scheme"],
+)
 async def test_every_route_is_denied_without_a_known_key(given: dict[str, str]):
     async with running_app(make_app(api_keys=KEYS)) as client:
         for method, path in ROUTES:
@@ -176,7 +180,9 @@ async def test_other_names_are_refused(host: str):
 
 
 @pytest.mark.parametrize(
-    "more", [{"api_keys": KEYS}, {"host": "0.0.0.0", "insecure": True}, {"uds": "/run/x"}], ids=str
+    "more",
+    [{"api_keys": KEYS}, {"host": "0.0.0.0", "insecure": True}, {"uds": "/run/x"}],
+    ids=lambda more: next(iter(more)),
 )
 async def test_where_no_page_gets_by_its_name_alone_any_host_is_answered(more: dict[str, Any]):
     async with running_app(make_app(**more)) as client:

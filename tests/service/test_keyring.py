@@ -71,6 +71,7 @@ def test_a_file_that_is_another_is_seen_even_at_the_same_size_and_time(tmp_path:
         (f"public:{'0' * 64}", "found the name 'public', which is taken"),
         (f"a:{'0' * 64},b:{'0' * 64}", "found one key with two names, a and b"),
     ],
+    ids=["a key", "a key behind its name", "too short", "a name that is taken", "two names"],
 )
 def test_what_is_wrong_is_said_and_not_quoted(text: str, message: str):
     with pytest.raises(KeysError, match=f"here, line 2: {message}") as caught:

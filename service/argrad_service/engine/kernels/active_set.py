@@ -93,7 +93,7 @@ def pivot(lapack, T, c, p, lower, index, active, y, s, rounds, work):  # type: i
     r = c.shape[0]
     for i in range(r):
         active[i] = i < p or c[i] < 0.0
-    best, patience = r + 1, PATIENCE
+    best, patience, c_size = r + 1, PATIENCE, largest(c)
     for done in range(rounds):
         k = collect(active, index)
         if k < 0:
@@ -114,12 +114,13 @@ def pivot(lapack, T, c, p, lower, index, active, y, s, rounds, work):  # type: i
             row, factor = T[index[i]], y[i]
             for j in range(r):
                 s[j] += factor * row[j]
-        least_y, least_s = -SIGN * y_size, -SIGN * largest(s)
+        s_size = largest(s)
+        least_y, least_s, most_left = -SIGN * y_size, -SIGN * s_size, 1e2 * SIGN * max(s_size, c_size)
         wrong, last, at = 0, -1, 0
         for i in range(r):
             if active[i]:
                 # With a singular system signs can look right while the equations do not hold.
-                if not abs(s[i]) <= -1e2 * least_s:
+                if not abs(s[i]) <= most_left:
                     return -1, done
                 if i >= p and not y[at] >= least_y:
                     wrong, last = wrong + 1, i
