@@ -20,7 +20,8 @@ import pytest
 
 from tests.redis_server import RedisServer, running_redis
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 110.0
+"""A first start compiles every kernel, which takes most of a minute of one core."""
 
 
 @contextlib.contextmanager

@@ -246,7 +246,7 @@ def _solve_shared(operations: Operations, _: Job[None]) -> None:
     """A batch that shares Q and rows, as many as its kernels begin at."""
     Q = torch.eye(48, dtype=torch.float64)
     tensors = {"problem.Q": Q, "problem.q": -Q[:16], "problem.G": Q, "problem.h": 0.5 * Q.sum(0)}
-    operations.prepare_solve(SolveRequest(), tensors, owner=PUBLIC)(never_stop, {})
+    operations.prepare_solve(SolveRequest(keep_state=False), tensors, owner=PUBLIC)(never_stop, {})
 
 
 async def _sweep(*stores: StateStore | ProblemStore | Shared) -> None:

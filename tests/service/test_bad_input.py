@@ -352,7 +352,7 @@ async def raw(app: FastAPI, chunks: list[bytes], headers: dict[str, str]) -> tup
         "raw_path": b"/v1/solve",
         "root_path": "",
         "query_string": b"",
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "headers": [(name.encode(), value.encode()) for name, value in ({"host": "localhost"} | headers).items()],
         "http_version": "1.1",
     }
     await app(scope, receive, send)
