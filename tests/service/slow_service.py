@@ -1,4 +1,4 @@
-"""`argrad serve` with an engine whose solves of more than two variables take as long as the first argument says."""
+"""`argrad serve` with an engine whose solves of three variables take as long as the first argument says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SlowEngine:
         self._seconds = seconds
 
     def solve(self, problem: Any, *, options: SolverOptions, **more: Any) -> Any:
-        until = time.monotonic() + (self._seconds if problem.q.shape[-1] > 2 else 0.0)
+        until = time.monotonic() + (self._seconds if problem.q.shape[-1] == 3 else 0.0)
         while time.monotonic() < until:
             if options.should_stop():
                 raise Stopped
