@@ -208,7 +208,8 @@ class _Caller:
         host, _, port = url.removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         head = (
-            f"POST /v1/solve HTTP/1.1\r\nhost: x\r\ncontent-type: {SAFETENSORS}\r\ncontent-length: {len(body)}\r\n\r\n"
+            "POST /v1/solve HTTP/1.1\r\nhost: localhost\r\n"
+            f"content-type: {SAFETENSORS}\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         return cls(head.encode() + body, reader, writer)
 
