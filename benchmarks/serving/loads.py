@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import httpx
+
 from benchmarks.serving.services import plain_client, serving
 
 _BETWEEN_S = 0.005
@@ -102,11 +104,10 @@ def probe(url: str, process: subprocess.Popen[bytes], seconds: float) -> list[fl
     """
     took: list[float] = []
     with plain_client(url) as client:
-        is_loaded = False
-        while not is_loaded and process.poll() is None:
-            # The first step and the warm-up are over when calls have been in the house for so long.
-            is_loaded = "argrad_running_calls 0.0" not in client.get("/metrics").text
-            time.sleep(0.1)
+        before = _calls_of(client)
+        # The first step and the warm-up are over when calls have been coming for so long.
+        while _calls_of(client) == before and process.poll() is None:
+            time.sleep(0.05)
         time.sleep(_WARMUP_S)
         until = time.perf_counter() + seconds
         while (began := time.perf_counter()) < until and process.poll() is None:
@@ -187,3 +188,9 @@ def render_overload(found: Sequence[Mapping[str, Any]]) -> str:
 def left_of(case: Mapping[str, Any]) -> float:
     """Share of the goodput that is left without the cache."""
     return float(case["who"][NO_CACHE]["steps_per_s"] / case["who"][CACHE]["steps_per_s"])
+
+
+def _calls_of(client: httpx.Client) -> float:
+    """Calls that a service has answered so far."""
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith('argrad_requests_total{route="/v1/'))
