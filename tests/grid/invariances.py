@@ -115,7 +115,7 @@ def same(
     slack = run.slack
     for name in ("z", "nu", "lam", "s") if unique else ("z", "s"):
         close(found[name][at], solution[name][i].numpy(), slack, name)
-    # An iteration near its limit may converge for one of the two, as rounding has it on this processor.
+    # An iteration near its limit may converge for one of the two and not for the other, as rounding has it.
     is_refused = any(bool(torch.isnan(block).any()) for block in (adjoint["z"][at], mine.adjoint.z[i]))
     if i not in run.differentiated or has_two_sides(run.case) or is_refused:
         assert not is_refused or run.case.situation in run.exactness.may_refuse or i not in run.differentiated
