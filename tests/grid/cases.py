@@ -43,21 +43,19 @@ class Exactness:
         gradient: Error of a gradient, relative to its size.
         is_exact: Whether the gradient is the solution's own: then one that does not exist is refused. If not, one that
             is flagged `truncated` may be anything.
-        may_refuse: Situations in which it may find its own gradient inaccurate, and say so.
         tolerance, own: Of the solver, where the gradient asks for others than it has.
         options: Of the method.
     """
 
     gradient: float = 1e-7
     is_exact: bool = True
-    may_refuse: frozenset[str] = frozenset()
     tolerance: float = 1e-8
     own: Mapping[str, object] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
 
 
 AS_EXACT_AS = {
-    ("*", "altdiff"): Exactness(gradient=1e-6, may_refuse=frozenset({"nearly-singular"})),
+    ("*", "altdiff"): Exactness(gradient=1e-6),
     ("*", "smoothed"): Exactness(gradient=1e-5, is_exact=False, options={"smoothing": "barrier", "t": 1e10}),
     ("barrier", "unrolled"): Exactness(
         gradient=1e-5, is_exact=False, own={"polish": False, "epsilon": 1e-9}, options={"last": 20}

@@ -19,10 +19,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The cells of every solver with every method: passed, refused (no accurate gradient, and said so), failed."""
+    """The cells of every solver with every method: passed, failed."""
     if not _has_all(config):
         return
-    failed, refused, cells = set(), set(), {}
+    failed, cells = set(), {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):
             said = dict(report.user_properties)
@@ -30,17 +30,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 continue
             cells.setdefault(said["pair"], set()).add(said["cell"])
             failed |= {said["cell"]} if outcome == "failed" else set()
-            refused |= {said["cell"]} if said.get("is_refused") else set()
     terminalreporter.section("grid")
-    terminalreporter.write_line(f"{'solver':10}{'method':10}{'cells':>8}{'passed':>8}{'refused':>9}{'failed':>8}")
+    terminalreporter.write_line(f"{'solver':10}{'method':10}{'cells':>8}{'passed':>8}{'failed':>8}")
     for solver in SOLVERS.values():
         for method in METHODS:
             mine = cells.get(f"{solver.name} {method}", set())
             if method not in solver.methods:
                 terminalreporter.write_line(f"{solver.name:10}{method:10}{'no such pair':>16}")
             elif mine:
-                counts = len(mine), len(mine - failed - refused), len(mine & refused - failed), len(mine & failed)
-                columns = "".join(f"{count:>{width}}" for count, width in zip(counts, (8, 8, 9, 8), strict=True))
+                counts = len(mine), len(mine - failed), len(mine & failed)
+                columns = "".join(f"{count:>8}" for count in counts)
                 terminalreporter.write_line(f"{solver.name:10}{method:10}{columns}")
 
 

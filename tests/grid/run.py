@@ -71,13 +71,6 @@ class Run:
         return self.exactness.gradient * self.drawn.condition**0.5
 
     @property
-    def is_refused(self) -> bool:
-        """Whether the gradient of some problem was refused as inaccurate where the method may do so."""
-        if self.case.situation not in self.exactness.may_refuse:
-            return False
-        return any(self.may_be_refused(self.backward, i) for i in self.drawn.solvable)
-
-    @property
     def slack(self) -> float:
         """Error that a solution may have: an iterate's follows from its tolerance, or its gap."""
         if "polish" not in self.exactness.own:
@@ -90,15 +83,7 @@ class Run:
     @cached_property
     def differentiated(self) -> list[int]:
         """Positions of the problems that have a solution, and a gradient that says to be its own."""
-        return [
-            i
-            for i in self.drawn.solvable
-            if Flag.TRUNCATED not in self.backward.flags[i] and not self.may_be_refused(self.backward, i)
-        ]
-
-    def may_be_refused(self, backward: Backward, i: int) -> bool:
-        """Whether a gradient was refused as inaccurate where the method may do so."""
-        return backward.gradient_status[i] == "inaccurate" and self.case.situation in self.exactness.may_refuse
+        return [i for i in self.drawn.solvable if Flag.TRUNCATED not in self.backward.flags[i]]
 
     @cached_property
     def exact(self) -> dict[int, reference.Exact]:

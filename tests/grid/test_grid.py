@@ -67,9 +67,7 @@ def test_cell(cell, record_property):
     case, check = cell
     record_property("cell", str(case))
     record_property("pair", f"{case.solver} {case.method}")
-    run = run_of(case)
-    check(run)
-    record_property("is_refused", run.is_refused)
+    check(run_of(case))
 
 
 def test_every_installed_solver_is_in_the_grid():

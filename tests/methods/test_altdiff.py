@@ -13,6 +13,7 @@ from argrad.problems import QP, Flag, Solution, gradients
 from argrad_service import engine
 from argrad_service.engine import SolverOptions
 from argrad_service.engine.backward import altdiff, alternation
+from argrad_service.engine.operators import Dense, Diagonal, MostlyUnit
 from tests.engine.qps import Case, Known, draw, oracle_gradients, relative_error
 from tests.engine.test_grid import CASES
 from tests.solvers.linear import draw_lp
@@ -187,6 +188,45 @@ def test_many_cotangents_equal_one_at_a_time(mode: str):
         alone = engine.vjp(forward, one, method="altdiff", options=options).adjoint
         for name, block in alone.blocks().items():
             torch.testing.assert_close(together.blocks()[name][k], block, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3.5, 1e6])
+@pytest.mark.parametrize("curvature", [1e-2, 1e-4, 2.0**-16])
+def test_nearly_singular_problems_settle_whatever_the_size_of_the_objective(curvature: float, size: float):
+    """Where d_z is large PC d_z, which is zero in the limit, is rounding that the recursion must not wait for."""
+    generator = torch.Generator().manual_seed(1)
+    root, G = torch.randn(50, 3, 5, generator=generator, dtype=D), torch.randn(50, 6, 5, generator=generator, dtype=D)
+    Q = root.mT @ root + curvature * torch.eye(5, dtype=D)
+    z, lam = torch.randn(50, 5, generator=generator, dtype=D), torch.zeros(50, 6, dtype=D)
+    s = 1 + torch.rand(50, 6, generator=generator, dtype=D)
+    lam[:, 0], s[:, 0] = 1.5, 0.0
+    q = -torch.einsum("bij,bj->bi", Q, z) - torch.einsum("bij,bi->bj", G, lam)
+    problem = QP(Q=size * Q, q=size * q, G=G, h=torch.einsum("bij,bj->bi", G, z) + s)
+    forward = engine.solve(problem, solver="admm", options=SolverOptions(max_iterations=2000))
+    upstream = {"z": torch.randn(50, 5, generator=generator, dtype=D)}
+    backward = engine.vjp(forward, upstream, method="altdiff")
+    assert set(backward.gradient_status) == {"ok"}
+    assert int(backward.measures["altdiff_iterations"].max()) <= 10
+    exact = engine.vjp(forward, upstream, method="kkt").adjoint
+    for name, block in exact.blocks().items():
+        away = torch.linalg.vector_norm(backward.adjoint.blocks()[name] - block, dim=1)
+        assert (away <= 1e-10 / curvature * torch.linalg.vector_norm(block, dim=1)).all()
+
+
+def test_lengths_of_rows():
+    """Those of each linear map, against the matrix that it is."""
+    generator = torch.Generator().manual_seed(1)
+    column, entry = torch.tensor([[2, 0, 0, 1]]), torch.tensor([[3.0, 0.0, -2.0, 0.0]], dtype=D)
+    rows = torch.randn(2, 1, 3, generator=generator, dtype=D)
+    maps = (
+        Dense(matrix=rows),
+        Diagonal(diagonal=entry[:, :3]),
+        MostlyUnit(column=column, entry=entry.expand(2, -1), where=torch.tensor([1]), rows=rows),
+    )
+    for of in maps:
+        columns = torch.eye(3, dtype=D).expand(2, -1, -1)
+        matrix = of.times(columns).mT
+        torch.testing.assert_close(of.lengths().expand(2, -1), matrix.norm(dim=-1), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -26,6 +26,10 @@ class LinearMap(Protocol):
         """Mᵀ v, `(B, c, rows)` to `(B, c, columns)`."""
         ...
 
+    def lengths(self) -> Tensor:
+        """‖M_i‖₂ of each row, `(1 or B, rows)`."""
+        ...
+
     def select(self, index: Tensor) -> Self:
         """The maps of the problems named by index."""
         ...
@@ -44,6 +48,11 @@ class Dense:
     def transposed(self, v: Tensor) -> Tensor:
         """Mᵀ v."""
         return _product(v, self.matrix)
+
+    def lengths(self) -> Tensor:
+        """‖M_i‖₂."""
+        found: Tensor = torch.linalg.vector_norm(self.matrix, dim=-1)
+        return found
 
     def select(self, index: Tensor) -> Dense:
         """The matrices of the problems named by index."""
@@ -67,6 +76,10 @@ class Diagonal:
     def transposed(self, v: Tensor) -> Tensor:
         """a∘v."""
         return self.times(v)
+
+    def lengths(self) -> Tensor:
+        """|a|."""
+        return self.diagonal.abs()
 
     def select(self, index: Tensor) -> Diagonal:
         """The matrices of the problems named by index."""
@@ -100,6 +113,10 @@ class MostlyUnit:
         column = self.column.unsqueeze(1).expand_as(v)
         onto = v.new_zeros(*v.shape[:2], self.rows.shape[-1]).scatter_add(-1, column, v * self.entry.unsqueeze(1))
         return onto + _product(v.index_select(-1, self.where), self.rows)
+
+    def lengths(self) -> Tensor:
+        """Entries without their signs, and ‖·‖₂ of the dense rows."""
+        return self.entry.abs().index_copy(-1, self.where, torch.linalg.vector_norm(self.rows, dim=-1))
 
     def select(self, index: Tensor) -> MostlyUnit:
         """The rows of the problems named by index."""

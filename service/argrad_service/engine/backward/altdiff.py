@@ -132,6 +132,7 @@ def _iterate(
     zero = torch.zeros_like(v)
     first = of.primal(zero, g_z)
     x_noise, v_noise = ROUNDING * _norm(first), ROUNDING * _norm(of.next(zero, first, g_y))
+    rounding = of.rounding()
     done = torch.zeros(v.shape[:2], dtype=torch.bool, device=v.device)
     lost = torch.zeros(len(v), dtype=torch.bool, device=v.device)
     taken = torch.zeros(len(v), dtype=torch.int64, device=v.device)
@@ -142,7 +143,8 @@ def _iterate(
         after = torch.where(done.unsqueeze(-1), v, of.next(v, d_z, g_y))
         moved = of.primal(after, g_z)
         settled = _is_settled(moved, d_z, options.truncation, x_noise)
-        done = done | (settled & _is_settled(after, v, options.truncation, v_noise))
+        noise = torch.maximum(v_noise, rounding * _norm(moved))
+        done = done | (settled & _is_settled(after, v, options.truncation, noise))
         lost = ~torch.isfinite(moved).all(-1).all(-1)
         v, d_z = after, moved
         if 2 * int((done.all(-1) | lost).sum()) >= len(v):

@@ -29,6 +29,9 @@ from argrad_service.engine.structured_finish import StructuredFactor
 PENALTY = 1e4
 """Penalty of an active row, relative to what makes its part of the dual's Hessian one."""
 
+ROUNDINGS = 8
+"""Bound on the rounding of a scalar product, in units of ε times the lengths of its vectors."""
+
 POWER_ITERATIONS = 30
 """Products with Q that estimate its largest eigenvalue."""
 
@@ -99,6 +102,15 @@ class AdmmMap:
         """v⁺, from v and d_z(v)."""
         D, P = self.active.unsqueeze(1), self.penalties.unsqueeze(1)
         return D * v + (2 * D - 1) * P * self.C.times(d_z) + D * P * self._gather(g_y)
+
+    def rounding(self) -> Tensor:
+        """What v moves by for ever, relative to ‖d_z‖: the rounding of PC d_z, `(1 or B, 1)`.
+
+        Where Q is nearly singular d_z is large, and nothing but this is left of PC d_z, which is zero in the limit.
+        """
+        size = torch.linalg.vector_norm(self.penalties * self.C.lengths(), dim=-1, keepdim=True)
+        of_sums: Tensor = ROUNDINGS * torch.finfo(size.dtype).eps * size
+        return of_sums
 
     def pull(self, v: Tensor, g_z: Tensor, g_y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - the protocol's signature
         """d_z(v) and D(v + PC d_z)."""
