@@ -20,11 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from argrad.errors import ArgradError, MissingExtraError
 from argrad_service.app import create_app
+from argrad_service.engine.threads import use_threads
 from argrad_service.server import PROCESS_ENVIRONMENT
 from argrad_service.settings import Settings, load_settings
 
@@ -98,7 +98,7 @@ class Replica:
     """
 
     def __init__(self, settings: Settings, threads: int) -> None:
-        torch.set_num_threads(settings.torch_threads or threads)
+        use_threads(settings.torch_threads or threads)
         self._app = create_app(settings)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -23,6 +23,7 @@ from argrad._version import __version__
 from argrad.errors import ArgradError
 from argrad_service import engine as default_engine
 from argrad_service.app import choose_device, create_app
+from argrad_service.engine.threads import threads, use_threads
 from argrad_service.http.doors import Doors
 from argrad_service.http.health import Readiness
 from argrad_service.http.keys import reload_keys
@@ -95,12 +96,12 @@ def serve(settings: Settings, engine: Engine = default_engine) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ServeError(f"{variable('device')} is cuda, and torch {torch.__version__} finds no GPU here")
     if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
+        use_threads(settings.torch_threads)
     if not (settings.is_loopback or settings.has_keys):
         log.warning("no authentication", host=settings.host, advice="whoever reaches this address can use the service")
     allow_files(settings.max_connections + _OTHER_FILES, log)
     with listening(settings) as (listeners, address):
-        device = f"{choose_device(settings)}, {torch.get_num_threads()} threads"
+        device = f"{choose_device(settings)}, {threads()} threads"
         banner = f"argrad {__version__} on {address} ({device})"
         if settings.workers > 1:
             banner = banner.replace(" threads)", f" threads, {settings.workers} workers)")
@@ -117,7 +118,7 @@ def _work(settings: Settings, listeners: list[socket.socket], channel: Channel, 
     """What a worker process does."""
     os.setpgid(0, 0)  # Ctrl-C at a terminal is for the process that watches: it tells us once
     log = make_logger(settings).bind(worker=number)
-    torch.set_num_threads(settings.torch_threads)
+    use_threads(settings.torch_threads)
     app = create_app(settings, log=log)
     app.state.metrics_of_all = channel.metrics_of_all
     channel.answer(app.state.metrics.render)

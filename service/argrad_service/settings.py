@@ -96,16 +96,21 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where problems are solved; `auto` is `cuda` where there is a GPU."
     )
-    torch_threads: int = Field(0, ge=0, description="Threads of one torch operation; 0 leaves the choice to torch.")
+    torch_threads: int = Field(
+        0,
+        ge=0,
+        description="Threads of one solve, in torch and in the compiled kernels; 0 is as torch chooses: the cores that "
+        "the process may run on, or OMP_NUM_THREADS.",
+    )
     workers: int = Field(
         1,
         ge=1,
         le=256,
         description="Processes that serve the address together; more than one needs `--redis-url`. They divide "
-        "counts, budgets and torch threads among them. They have no affinity: replicas are the better way.",
+        "counts, budgets and threads among them. They have no affinity: replicas are the better way.",
     )
     solver_threads: _Count = Field(
-        1, description="Calls that are solved at the same time. One call already uses every torch thread."
+        1, description="Calls that are solved at the same time. One call already uses every thread."
     )
 
     batching: bool = Field(

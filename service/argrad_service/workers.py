@@ -20,10 +20,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-import torch
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import ByteSize
 
+from argrad_service.engine.threads import threads
 from argrad_service.http.logs import Logger
 from argrad_service.settings import Settings
 from argrad_service.totals import Totals
@@ -46,10 +46,10 @@ Work = Callable[[Settings, list[socket.socket], "Channel", int], None]
 def divided(settings: Settings) -> Settings:
     """What one worker may take: its part of counts, budgets and threads."""
     parts = settings.workers
-    threads = settings.torch_threads or torch.get_num_threads()
+    count = settings.torch_threads or threads()
     counts = {name: math.ceil(getattr(settings, name) / parts) for name in _COUNTS}
     budgets = {name: ByteSize(int(getattr(settings, name)) // parts) for name in _BYTES}
-    return settings.model_copy(update={"torch_threads": max(1, threads // parts), **counts, **budgets})
+    return settings.model_copy(update={"torch_threads": max(1, count // parts), **counts, **budgets})
 
 
 @dataclass(frozen=True)

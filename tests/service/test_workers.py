@@ -8,12 +8,15 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import httpx
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from argrad_service import server, workers
 from argrad_service.settings import SettingsError, load_settings
 from argrad_service.totals import Totals
 from argrad_service.workers import divided
@@ -49,6 +52,23 @@ def test_a_worker_takes_its_part():
     assert part.max_body_bytes == settings.max_body_bytes, "a limit of one call is no budget"
     assert part.state_secret == settings.state_secret
     assert divided(settings.model_copy(update={"torch_threads": 1})).torch_threads == 1
+
+
+def test_a_worker_has_its_part_of_the_threads(monkeypatch: pytest.MonkeyPatch):
+    given: list[int] = []
+    monkeypatch.setattr(server, "use_threads", given.append)
+    monkeypatch.setattr(server, "create_app", lambda *_, **__: SimpleNamespace(state=MagicMock()))
+    monkeypatch.setattr(server, "_run", lambda *_: None)
+    monkeypatch.setattr(server.os, "setpgid", lambda *_: None)
+    settings = load_settings(workers=2, redis_url=REDIS, state_secret=SECRET, torch_threads=8)
+    server._work(divided(settings), [], MagicMock(), 0)
+    assert given == [4]
+
+
+def test_without_a_setting_workers_divide_the_cores_of_the_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers, "threads", lambda: 6)
+    settings = load_settings(workers=3, redis_url=REDIS, state_secret=SECRET)
+    assert divided(settings).torch_threads == 2
 
 
 def test_more_than_one_needs_redis():

@@ -27,6 +27,7 @@ from argrad_service.engine.finish import Guess
 from argrad_service.engine.forward.verdicts import classify
 from argrad_service.engine.options import SolverOptions, Stopped
 from argrad_service.engine.point import CODE, Point, confirm, factor_convex, guess_at, unsolved
+from argrad_service.engine.threads import threads
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -179,8 +180,8 @@ def _run(arrays: Arrays, chosen: list[int], options: SolverOptions, open_session
             if session is not None:
                 session.close()
 
-    pool = _pool(os.getpid())
-    futures = [pool.submit(work) for _ in range(min(os.cpu_count() or 1, len(chosen)))]
+    pool = _pool(os.getpid(), threads())
+    futures = [pool.submit(work) for _ in range(min(threads(), len(chosen)))]
     try:
         while wait(futures, timeout=STOP_POLL_S, return_when=FIRST_EXCEPTION).not_done:
             if options.should_stop() or any(future.done() and future.exception() for future in futures):
@@ -229,8 +230,8 @@ def _finish(
 
 
 def on_threads(work: Callable[[int], T], count: int) -> list[T]:
-    """Results of work(0), …, work(count − 1), which hold no lock for long, from as many threads as there are cores."""
-    return list(_pool(os.getpid()).map(work, range(count)))
+    """Results of work(0), …, work(count − 1), which hold no lock for long, from as many threads as the engine has."""
+    return list(_pool(os.getpid(), threads()).map(work, range(count)))
 
 
 def to_array(tensor: Tensor) -> Array:
@@ -238,6 +239,6 @@ def to_array(tensor: Tensor) -> Array:
     return np.ascontiguousarray(tensor.detach().numpy())
 
 
-@lru_cache(maxsize=1)
-def _pool(pid: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child needs threads of its own
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="argrad-library")
+@lru_cache(maxsize=4)
+def _pool(pid: int, count: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child needs threads of its own
+    return ThreadPoolExecutor(count, thread_name_prefix="argrad-library")

@@ -15,7 +15,7 @@ from typing import Any
 from threadpoolctl import ThreadpoolController
 
 from argrad_service.engine.options import ShouldStop, Stopped, never_stop
-from argrad_service.engine.threads import is_in_one_thread
+from argrad_service.engine.threads import is_in_one_thread, threads
 
 PIECES_PER_THREAD = 4
 """Pieces of a batch for each thread: problems differ in their work."""
@@ -76,7 +76,7 @@ def over_batch(
     should_stop: ShouldStop = never_stop,
     uses_blas: bool = True,
 ) -> None:
-    """Run a kernel over ranges of a batch on all cores, the caller's thread among them.
+    """Run a kernel over ranges of a batch in all threads of the engine, the caller's thread among them.
 
     A small batch, and every one inside `in_one_thread`, is done in that thread alone.
 
@@ -96,9 +96,9 @@ def over_batch(
             raise Stopped
         kernel(start, stop)
 
-    threads = 1 if is_in_one_thread() else _threads()
-    is_small = threads == 1 or batch < SMALLEST_BATCH or batch * work < 2e5
-    pieces = min(batch, max(1 if is_small else threads * PIECES_PER_THREAD, math.ceil(batch * work / PIECE_WORK)))
+    count = 1 if is_in_one_thread() else threads()
+    is_small = count == 1 or batch < SMALLEST_BATCH or batch * work < 2e5
+    pieces = min(batch, max(1 if is_small else count * PIECES_PER_THREAD, math.ceil(batch * work / PIECE_WORK)))
     edges = [batch * i // pieces for i in range(pieces + 1)]
     if is_small:
         with blas_for(work if uses_blas else 0.0):
@@ -113,7 +113,7 @@ def over_batch(
 
     # One BLAS thread in each of ours: more would only wait for each other.
     with _ONE_BLAS_THREAD if uses_blas else contextlib.nullcontext():
-        helpers = [_pool(os.getpid()).submit(work_off) for _ in range(threads - 1)]
+        helpers = [_pool(os.getpid(), count).submit(work_off) for _ in range(count - 1)]
         try:
             work_off()
         finally:
@@ -124,14 +124,9 @@ def over_batch(
             helper.result()
 
 
-@lru_cache(maxsize=1)
-def _threads() -> int:
-    return os.cpu_count() or 1
-
-
-@lru_cache(maxsize=1)
-def _pool(pid: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child needs threads of its own
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="argrad-kernel")
+@lru_cache(maxsize=4)
+def _pool(pid: int, count: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child needs threads of its own
+    return ThreadPoolExecutor(count, thread_name_prefix="argrad-kernel")
 
 
 @lru_cache(maxsize=1)
