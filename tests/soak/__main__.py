@@ -1,7 +1,12 @@
 """`make soak`: mixed traffic for SOAK_S seconds (600), then the same on a service that leaks, which must be found out.
 
 Exit status 1 where memory, file descriptors, threads or the p99 of a solve grow, where an answer was wrong, or where
-the leak of the control goes unnoticed. The first quarter is not looked at: caches fill, the allocator finds its size.
+the leak of the control goes unnoticed. The first quarter is not looked at, and half a minute at least: caches fill,
+kernels are read, the allocator finds its size.
+
+Memory is judged by what is in use: `malloc`'s bytes and Python's blocks, to a fraction of what any call could leave
+behind. Resident memory is judged too, by more: it creeps for many minutes, since each allocation may be the first to
+touch a page that the heap has had from the start (MALLOC_TOP_PAD_, see the server), while nothing more is in use.
 """
 
 from __future__ import annotations
@@ -21,16 +26,19 @@ from tempfile import TemporaryDirectory
 import httpx
 import psutil
 
+from argrad_service.server import PROCESS_ENVIRONMENT
 from tests.conftest import free_port
 from tests.soak.traffic import WORKERS, Caller, Seen
 from tests.soak.trend import BLOCKS, Trend, trend_of
+from tests.soak.watched import PERIOD_S
 
-PERIOD_S = 0.5
 LEAST_S = 60.0
-SETTLING = 0.25
+SETTLING, LEAST_SETTLING_S = 0.25, 30.0
 START_S = 300.0
-LEAK_BYTES_PER_CALL = 1024
-"""Growth that counts as a leak; a state, a request or a reply that was forgotten is larger."""
+LEAK_BYTES_PER_CALL, LEAK_BLOCKS_PER_CALL = 128, 1.0
+"""Growth of what is in use that counts as a leak; a state, a request or a reply that was forgotten is larger."""
+RESIDENT_BYTES_PER_CALL = 1024
+"""Growth of resident memory that does."""
 
 SETTINGS = {
     "ARGRAD_STATE_BUDGET_BYTES": "8MiB",
@@ -48,7 +56,9 @@ class Soak:
     Args:
         seen: By the callers.
         calls: Answered after the settling.
-        memory: Resident bytes.
+        resident: Bytes.
+        in_use: Bytes, of `malloc`.
+        blocks: In use, of Python's allocator.
         descriptors: Open files and sockets.
         threads: Of the process.
         p99_ms: Of plain solves, of each block.
@@ -56,21 +66,29 @@ class Soak:
 
     seen: Seen
     calls: int
-    memory: Trend
+    resident: Trend
+    in_use: Trend
+    blocks: Trend
     descriptors: Trend
     threads: Trend
     p99_ms: Trend
 
     @property
     def leaks(self) -> bool:
-        """Whether memory grows by more than is tolerated for each call."""
-        return self.memory.grows(LEAK_BYTES_PER_CALL * self.calls)
+        """Whether what is in use grows by more than is tolerated for each call."""
+        is_in_use = self.in_use.grows(LEAK_BYTES_PER_CALL * self.calls)
+        return is_in_use or self.blocks.grows(LEAK_BLOCKS_PER_CALL * self.calls)
 
     def complaints(self) -> list[str]:
         """What should not be."""
         found = list(self.seen.wrong[:10])
         if self.leaks:
-            found.append(f"memory grows by {self.memory.growth / self.calls:.0f} bytes a call")
+            a_call = (
+                f"{self.in_use.growth / self.calls:.0f} bytes and {self.blocks.growth / self.calls:.1f} blocks a call"
+            )
+            found.append(f"memory in use grows by {a_call}")
+        if self.resident.grows(RESIDENT_BYTES_PER_CALL * self.calls):
+            found.append(f"resident memory grows by {self.resident.growth / self.calls:.0f} bytes a call")
         if self.descriptors.grows(4):
             found.append(f"{self.descriptors.growth:.1f} file descriptors more")
         if self.threads.grows(2):
@@ -81,12 +99,13 @@ class Soak:
 
 
 @contextlib.contextmanager
-def service(module: str, log: Path) -> Iterator[tuple[str, int]]:
-    """A service in a process of its own, and its process id."""
-    port = free_port()
-    environment = os.environ | SETTINGS
+def service(folder: Path, *, leaks: bool) -> Iterator[tuple[str, int]]:
+    """A service in a process of its own, and its process id; it writes what it has in use into `folder / "in-use"`."""
+    port, log = free_port(), folder / "log.txt"
+    environment = os.environ | PROCESS_ENVIRONMENT | SETTINGS
     with log.open("wb") as output:
-        command = [sys.executable, "-m", module, "--port", str(port)]
+        report = str(folder / "in-use")
+        command = [sys.executable, "-m", "tests.soak.watched", str(port), report, "leaks" if leaks else "does not leak"]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             url = f"http://127.0.0.1:{port}"
@@ -112,36 +131,38 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> 
     raise RuntimeError(f"the service did not become ready:\n{log.read_text()}")
 
 
-def soak(module: str, seconds: float) -> Soak:
+def soak(seconds: float, *, leaks: bool = False) -> Soak:
     """Load a service, and watch its process.
 
     Args:
-        module: Starts it.
         seconds: Of traffic, the settling included.
+        leaks: Whether it is to leak.
     """
-    samples: list[tuple[float, float, float]] = []
+    samples: list[tuple[float, ...]] = []
     seen, stop = Seen(), threading.Event()
-    with TemporaryDirectory() as folder, service(module, Path(folder) / "log.txt") as (url, pid):
+    with TemporaryDirectory() as name, service(Path(name), leaks=leaks) as (url, pid):
         process = psutil.Process(pid)
         callers = [Caller(url, seed, seen, stop) for seed in range(WORKERS)]
         for caller in callers:
             caller.start()
         began = time.monotonic()
-        settled_at, settled_calls = began + SETTLING * seconds, 0
+        settled_at, settled_calls = began + max(LEAST_SETTLING_S, SETTLING * seconds), 0
         while time.monotonic() < began + seconds:
             time.sleep(PERIOD_S)
             if time.monotonic() < settled_at:
                 settled_calls = seen.calls.total()
                 continue
-            samples.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+            in_use, blocks = map(float, (Path(name) / "in-use").read_text().split())
+            resident = process.memory_info().rss
+            samples.append((resident, in_use, blocks, process.num_fds(), process.num_threads()))
         stop.set()
         for caller in callers:
             caller.join(60)
         if any(caller.is_alive() for caller in callers):
             seen.wrong.append("a call hangs")
-    memory, descriptors, threads = (trend_of(column) for column in zip(*samples, strict=True))
+    trends = [trend_of(column) for column in zip(*samples, strict=True)]
     took = [s for at, s in seen.latencies_s if at >= settled_at]
-    return Soak(seen, seen.calls.total() - settled_calls, memory, descriptors, threads, _p99_of_blocks(took))
+    return Soak(seen, seen.calls.total() - settled_calls, *trends, p99_ms=_p99_of_blocks(took))
 
 
 def _p99_of_blocks(took_s: list[float]) -> Trend:
@@ -154,13 +175,17 @@ def table(name: str, run: Soak) -> str:
     """A run, a row a measure."""
     rows = [(name, "mean", "growth", "99 % confidence")]
     for label, trend, unit in (
-        ("resident MiB", run.memory, 2.0**20),
-        ("bytes a call", run.memory, float(run.calls)),
+        ("resident MiB", run.resident, 2.0**20),
+        ("  bytes a call", run.resident, float(run.calls)),
+        ("in use, MiB", run.in_use, 2.0**20),
+        ("  bytes a call", run.in_use, float(run.calls)),
+        ("blocks of Python", run.blocks, 1.0),
+        ("  a call", run.blocks, float(run.calls)),
         ("file descriptors", run.descriptors, 1.0),
         ("threads", run.threads, 1.0),
         ("p99 of a solve, ms", run.p99_ms, 1.0),
     ):
-        mean = "" if label == "bytes a call" else f"{trend.mean / unit:.1f}"
+        mean = "" if label.endswith("a call") else f"{trend.mean / unit:.1f}"
         rows.append((label, mean, f"{trend.growth / unit:+.2f}", f"{trend.low / unit:+.2f} … {trend.high / unit:+.2f}"))
     return "\n".join(f"{a:<24}{b:>10}{c:>12}{d:>26}" for a, b, c, d in rows)
 
@@ -168,11 +193,14 @@ def table(name: str, run: Soak) -> str:
 def main() -> int:
     """Exit status: 1 where something grows that should not, or the control passes."""
     seconds = max(LEAST_S, float(os.environ.get("SOAK_S") or 600))
-    run = soak("argrad_service", seconds)
+    load = [os.getloadavg()[0]]
+    run = soak(seconds)
+    load.append(os.getloadavg()[0])
     calls = ", ".join(f"{count} {name}" for name, count in run.seen.calls.most_common())
-    print(f"{seconds:g} s, {run.seen.calls.total()} calls: {calls}; {len(run.seen.wrong)} wrong\n")
+    print(f"{seconds:g} s, {run.seen.calls.total()} calls: {calls}; {len(run.seen.wrong)} wrong")
+    print(f"load of the machine {load[0]:.1f} before, {load[1]:.1f} at the end, {WORKERS} callers included\n")
     print(table("the service", run), flush=True)
-    control = soak("tests.soak.leaking", max(LEAST_S, seconds / 5))
+    control = soak(max(LEAST_S, seconds / 5), leaks=True)
     print(f"\n{table('a service that leaks', control)}\n")
     complaints = run.complaints()
     if not control.leaks:

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.soak.__main__ import LEAK_BYTES_PER_CALL, Soak
+from tests.soak.__main__ import LEAK_BLOCKS_PER_CALL, LEAK_BYTES_PER_CALL, RESIDENT_BYTES_PER_CALL, Soak
 from tests.soak.traffic import Caller, Seen
 from tests.soak.trend import Trend, trend_of
 
@@ -23,21 +23,40 @@ def memory(growth: float, *, noise: float = 4 * MIB, seed: int = 0) -> list[floa
     return values
 
 
-def judged(trend: Trend, calls: int = 50_000) -> Soak:
+def judged(calls: int = 50_000, **trends: Trend) -> Soak:
     flat = Trend(10.0, 0.0, -1.0, 1.0)
-    return Soak(Seen(), calls, trend, flat, flat, flat)
+    names = ("resident", "in_use", "blocks", "descriptors", "threads", "p99_ms")
+    return Soak(seen=Seen(), calls=calls, **(dict.fromkeys(names, flat) | trends))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_is_no_leak(seed: int):
-    assert judged(trend_of(memory(0.0, seed=seed))).complaints() == []
+    noise = trend_of(memory(0.0, seed=seed))
+    assert judged(resident=noise, in_use=noise, blocks=noise).complaints() == []
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_two_kilobytes_a_call_are_a_leak(seed: int):
-    run = judged(trend_of(memory(3 * LEAK_BYTES_PER_CALL * 50_000, seed=seed)))
+def test_a_few_hundred_bytes_a_call_are_a_leak(seed: int):
+    run = judged(in_use=trend_of(memory(3 * LEAK_BYTES_PER_CALL * 50_000, seed=seed)))
     assert run.leaks
-    assert "memory grows by" in run.complaints()[0]
+    assert "memory in use grows by" in run.complaints()[0]
+
+
+def test_a_few_blocks_a_call_are_a_leak():
+    assert judged(blocks=trend_of(memory(3 * LEAK_BLOCKS_PER_CALL * 50_000, noise=1000))).leaks
+
+
+def test_resident_memory_is_judged_too():
+    run = judged(resident=trend_of(memory(3 * RESIDENT_BYTES_PER_CALL * 50_000, noise=MIB / 10)))
+    assert not run.leaks
+    assert run.complaints()[0].startswith("resident memory grows by 30")
+
+
+def test_a_p99_that_grows_is_seen_and_a_machine_that_is_taken_for_a_while_is_not():
+    rising = [10.0 + 0.3 * i for i in range(40)]
+    assert judged(p99_ms=trend_of(rising)).complaints() == ["the p99 of a solve grew by 12.0 ms"]
+    disturbed = [10.0 + (i % 3) for i in range(32)] + [60.0] * 6 + [10.0, 11.0]
+    assert judged(p99_ms=trend_of(disturbed)).complaints() == []
 
 
 def test_the_interval_holds_the_growth():

@@ -1,4 +1,4 @@
-"""Whether something grows: a straight line through means of blocks, with the confidence that so few allow."""
+"""Whether something grows: the median of all slopes between means of blocks, with its confidence."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Trend:
 def trend_of(values: Sequence[float]) -> Trend:
     """Trend of values taken at equal distances.
 
-    Neighbouring values are much alike, which ordinary least squares would take for confidence: means of blocks are not.
+    Neighbouring values are much alike, which a fit would take for confidence: means of blocks are not. And where
+    another process takes the machine for a while, some blocks are far from all others, which the slope of Theil and
+    Sen, the median of those between any two blocks, does not follow.
 
     Args:
         values: At least two a block.
@@ -44,8 +46,5 @@ def trend_of(values: Sequence[float]) -> Trend:
     if len(values) < 2 * BLOCKS:
         raise ValueError(f"{len(values)} values, wanted {2 * BLOCKS} or more")
     means = np.array([block.mean() for block in np.array_split(np.asarray(values, dtype=float), BLOCKS)])
-    fit = stats.linregress(np.arange(BLOCKS) / (BLOCKS - 1), means)
-    if np.ptp(means) == 0.0:  # of which scipy cannot say how sure it is
-        return Trend(float(means.mean()), 0.0, 0.0, 0.0)
-    margin = float(stats.t.ppf(0.5 + CONFIDENCE / 2, BLOCKS - 2)) * float(fit.stderr)
-    return Trend(float(means.mean()), float(fit.slope), float(fit.slope) - margin, float(fit.slope) + margin)
+    slope, _, low, high = stats.theilslopes(means, np.arange(BLOCKS) / BLOCKS, alpha=CONFIDENCE)
+    return Trend(float(means.mean()), float(slope), float(low), float(high))
