@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import schemathesis
 from anyio.from_thread import start_blocking_portal
@@ -14,26 +15,38 @@ from fastapi import FastAPI
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 
+from argrad_service.http.guard import OPEN
 from tests.fuzz.calls import LIMITS, MOST_S
+from tests.fuzz.keys import FOREIGN, KEY, KEYS
 from tests.fuzz.tally import Tally
 from tests.service.support import make_app
 
 PHASES = ("examples", "coverage", "fuzzing", "stateful")
+OWNER = {"Authorization": f"Bearer {KEY}"}
 _VERDICTS = ["2xx", "3xx", "4xx", "501", "504"]
 """What a caller can bring about: 501 by asking for an extra that is not installed, 504 by a deadline."""
 
 
-def fuzz_api(examples: int, seed: int, phases: Sequence[str] = PHASES) -> Tally:
+def fuzz_api(examples: int, seed: int, phases: Sequence[str] = PHASES, *, who: str | None = None) -> Tally:
     """Test every operation alone, and sequences of operations along the links, each with so many examples a phase.
 
     The bodies that the schema can describe are right in form and hardly ever in substance: its examples are what
     succeeds here, and `tests.fuzz.calls` what goes deeper.
+
+    Args:
+        examples: Of each phase and operation.
+        seed: Of all chance.
+        phases: Of schemathesis.
+        who: For a service that asks for keys, who calls, of `keys.WHO`.
     """
-    tally, reached = Tally("openapi"), set[str]()
-    app = make_app(**LIMITS, allowed_hosts=["testserver"])  # what schemathesis calls it
+    tally, reached = Tally("openapi" if who is None else f"openapi, {who}"), set[str]()
+    key = {"key": KEY, "wrong key": FOREIGN}.get(who or "")
+    sent = {} if key is None else {"Authorization": f"Bearer {key}"}
+    app = make_app(**LIMITS, allowed_hosts=["testserver"], api_keys=KEYS if who else "")  # what schemathesis calls it
     config = SchemathesisConfig.from_dict(
         {
             "seed": seed,
+            "headers": sent,
             "generation": {"max-examples": examples, "with-security-parameters": False},
             "phases": {phase: {"enabled": phase in phases} for phase in PHASES},
             "checks": {
@@ -51,8 +64,9 @@ def fuzz_api(examples: int, seed: int, phases: Sequence[str] = PHASES) -> Tally:
         while app.state.readiness.phase == "starting":
             time.sleep(0.01)
         with tally.timed():
-            for event in from_schema(schemathesis.openapi.from_asgi("/openapi.json", app, config=config)).execute():
-                _note(tally, event, reached)
+            schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=config, headers=OWNER if who else {})
+            for event in from_schema(schema).execute():
+                _note(tally, event, reached, is_stranger=who not in (None, "key"))
     for phase in phases:
         if phase not in reached:
             tally.find(phase.encode(), f"the phase {phase} was not run to its end")
@@ -65,7 +79,7 @@ async def _living(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-def _note(tally: Tally, event: Any, reached: set[str]) -> None:
+def _note(tally: Tally, event: Any, reached: set[str], *, is_stranger: bool) -> None:
     if isinstance(event, events.FatalError):
         raise event.exception
     if isinstance(event, events.NonFatalError):
@@ -82,6 +96,10 @@ def _note(tally: Tally, event: Any, reached: set[str]) -> None:
         tally.behaviours.add((event.label, str(event.phase), status))
         if response is not None:
             tally.slowest_s = max(tally.slowest_s, response.elapsed)
+            path = urlsplit(interaction.request.uri).path
+            if is_stranger and response.status_code != 401 and path not in OPEN:
+                words = f"{response.status_code} without a key"
+                tally.find(f"{interaction.request.method} {interaction.request.uri}".encode(), words)
         for check in event.recorder.checks.get(case, []):
             if check.failure_info is not None:
                 failure = check.failure_info

@@ -135,11 +135,11 @@ def fuzz_calls(count: int, seed: int) -> Tally:
 async def _fuzz_calls(count: int, seed: int) -> Tally:
     log, tally = io.StringIO(), Tally("calls")
     app = make_app(log, **LIMITS)
-    documented, types = _documented(app)
+    documented, types = documented_by(app)
     async with LifespanManager(app, startup_timeout=60, shutdown_timeout=60):
         while app.state.readiness.phase == "starting":
             await asyncio.sleep(0.01)
-        maker = _Maker(Random(seed))
+        maker = Maker(Random(seed))
         with tally.timed():
             for _ in range(count):
                 call = maker.make()
@@ -151,8 +151,22 @@ async def _fuzz_calls(count: int, seed: int) -> Tally:
 
 
 async def _one(
-    tally: Tally, app: FastAPI, call: Call, maker: _Maker, documented: dict[tuple[str, str], set[int]], types: set[str]
+    tally: Tally, app: FastAPI, call: Call, maker: Maker, documented: dict[tuple[str, str], set[int]], types: set[str]
 ) -> None:
+    answer = await answered(tally, app, call)
+    if answer is None:
+        return
+    tally.outcomes[str(answer.status)] += 1
+    wrong = judge(answer, documented.get((call.method, template(call.path)), ELSEWHERE) | {404, 405, 499}, types)
+    if wrong is None and answer.status == 200 and call.path in REPLIES:
+        wrong = maker.learn(call, answer)
+    if wrong is not None:
+        tally.find(call.shown(), f"{wrong}: {answer.status} {answer.body[:500]!r}")
+    tally.behaviours.add((call.path[:12], answer.status, _field(answer)))
+
+
+async def answered(tally: Tally, app: FastAPI, call: Call) -> Answer | None:
+    """Send a call and count it; None where it hangs or breaks the application, which is then noted."""
     tally.inputs += 1
     began = time.perf_counter()
     try:
@@ -160,19 +174,13 @@ async def _one(
     except TimeoutError:
         tally.find(call.shown(), f"no answer after {MOST_S} s")
         tally.outcomes["hang"] += 1
-        return
+        return None
     except Exception as error:
         tally.find(call.shown(), f"{type(error).__name__}: {error}")
         tally.outcomes["defect"] += 1
-        return
+        return None
     tally.slowest_s = max(tally.slowest_s, time.perf_counter() - began)
-    tally.outcomes[str(answer.status)] += 1
-    wrong = judge(answer, documented.get((call.method, _template(call.path)), ELSEWHERE) | {404, 405, 499}, types)
-    if wrong is None and answer.status == 200 and call.path in REPLIES:
-        wrong = maker.learn(call, answer)
-    if wrong is not None:
-        tally.find(call.shown(), f"{wrong}: {answer.status} {answer.body[:500]!r}")
-    tally.behaviours.add((call.path[:12], answer.status, _field(answer)))
+    return answer
 
 
 def judge(answer: Answer, documented: set[int], types: set[str]) -> str | None:
@@ -199,7 +207,8 @@ def judge(answer: Answer, documented: set[int], types: set[str]) -> str | None:
     return None
 
 
-def _documented(app: FastAPI) -> tuple[dict[tuple[str, str], set[int]], set[str]]:
+def documented_by(app: FastAPI) -> tuple[dict[tuple[str, str], set[int]], set[str]]:
+    """Statuses of each method and path, and types of problems, that /openapi.json has."""
     schema = app.openapi()
     statuses = {
         (method.upper(), path): {int(status) for status in operation["responses"] if status.isdigit()}
@@ -209,7 +218,8 @@ def _documented(app: FastAPI) -> tuple[dict[tuple[str, str], set[int]], set[str]
     return statuses, set(schema["components"]["schemas"]["Problem"]["properties"]["type"]["enum"])
 
 
-def _template(path: str) -> str:
+def template(path: str) -> str:
+    """The path of /openapi.json that a path is an instance of."""
     for stem, name in (("/v1/states/", "{token}"), ("/v1/problems/", "{sha256}")):
         if path.startswith(stem) and "/" not in path.removeprefix(stem):
             return stem + name
@@ -223,7 +233,7 @@ def _field(answer: Answer) -> str:
     return f"{document.get('type')} {document.get('field')}"
 
 
-class _Maker:
+class Maker:
     """Makes calls; knows the tokens of live states, which seeds name by a token that stands for one."""
 
     def __init__(self, random: Random) -> None:

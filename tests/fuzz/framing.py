@@ -16,6 +16,7 @@ import httpx
 
 from argrad_service.http.protocol import GuardedProtocol
 from tests.fuzz.calls import LIMITS, PROBLEM
+from tests.fuzz.keys import FOREIGN, KEY, KEYS
 from tests.fuzz.seeds import seeds
 from tests.fuzz.tally import Tally
 from tests.service.support import make_app, serving
@@ -27,6 +28,7 @@ MOST_S = 30.0
 """A connection that is not closed by then hangs."""
 
 CONNECTIONS = 48
+AUTHORIZATIONS = (b"Authorization: Bearer " + KEY.encode(), b"Authorization: Bearer " + FOREIGN.encode())
 _LINES = (
     b"Content-Length: 5", b"Content-Length: 0", b"Content-Length: 4294967296", b"Content-Length: -1",
     b"Content-Length: 5, 5", b"Content-Length: 99999999999999999999999", b"Transfer-Encoding: chunked",
@@ -54,17 +56,26 @@ _CHUNKS = (
 )
 
 
-def fuzz_framing(count: int, seed: int) -> Tally:
-    """Open so many connections to a service of its own, and send each a stream that is not quite HTTP."""
-    tally = Tally("framing")
-    app = make_app(**(LIMITS | {"body_timeout_s": TIMEOUT_S}))
+def fuzz_framing(count: int, seed: int, *, with_keys: bool = False) -> Tally:
+    """Open so many connections to a service of its own, and send each a stream that is not quite HTTP.
+
+    Args:
+        count: Connections.
+        seed: Of all chance.
+        with_keys: Whether the service asks for keys; a third of the streams has the right one, a third another.
+    """
+    tally = Tally("framing with keys" if with_keys else "framing")
+    keys = {"api_keys": KEYS} if with_keys else {}
+    app = make_app(**(LIMITS | keys | {"body_timeout_s": TIMEOUT_S}))
     protocol = GuardedProtocol.with_bounds()
     options: dict[str, Any] = {"http": protocol, "timeout_keep_alive": TIMEOUT_S}
     with serving(app, **options) as url, tally.timed(), _errors_of_the_server() as errors:
         protocol.header_timeout_s = TIMEOUT_S  # not before: a first solve holds the event loop for longer
         port = urlsplit(url).port
         assert port is not None
-        asyncio.run(_fuzz(tally, port, count, Random(seed)))
+        random = Random(seed)
+        drawn = (random.choice((None, *AUTHORIZATIONS)) if with_keys else None for _ in range(count))
+        asyncio.run(_fuzz(tally, port, [_stream(random, authorization) for authorization in drawn], with_keys))
         with httpx.Client(base_url=url, trust_env=False) as client:
             if client.get("/health/ready").status_code != 200:
                 tally.find(b"ready", "the service is not ready at the end")
@@ -92,17 +103,17 @@ def _errors_of_the_server() -> Iterator[list[str]]:
         log.propagate = propagate
 
 
-async def _fuzz(tally: Tally, port: int, count: int, random: Random) -> None:
-    streams = iter([_stream(random) for _ in range(count)])
+async def _fuzz(tally: Tally, port: int, streams: list[list[bytes]], with_keys: bool) -> None:
+    left = iter(streams)
 
     async def send_some() -> None:
-        for pieces in streams:
-            await _one(tally, port, pieces)
+        for pieces in left:
+            await _one(tally, port, pieces, with_keys)
 
     await asyncio.gather(*(send_some() for _ in range(CONNECTIONS)))
 
 
-async def _one(tally: Tally, port: int, pieces: list[bytes]) -> None:
+async def _one(tally: Tally, port: int, pieces: list[bytes], with_keys: bool) -> None:
     tally.inputs += 1
     shown, began, received = b"".join(pieces), time.perf_counter(), bytearray()
 
@@ -133,6 +144,9 @@ async def _one(tally: Tally, port: int, pieces: list[bytes]) -> None:
     wrong = replies.read(bytes(received))
     tally.outcomes["+".join(map(str, replies.statuses[:2])) or "closed"] += 1
     tally.behaviours.add(tuple(replies.statuses))
+    is_stranger = with_keys and KEY.encode() not in shown
+    if is_stranger and b"/health/" not in shown and any(status < 400 for status in replies.statuses):
+        wrong = "served without a key"
     if wrong is not None and not shown.lstrip().upper().startswith(b"HEAD"):
         tally.find(shown, f"{wrong}: {bytes(received[:500])!r}")
 
@@ -169,9 +183,9 @@ class _Replies:
             self._wrong = "no problem document"
 
 
-def _stream(random: Random) -> list[bytes]:
+def _stream(random: Random, authorization: bytes | None) -> list[bytes]:
     """One to three requests on one connection, damaged, in pieces."""
-    stream = b"".join(_request(random) for _ in range(random.choice((1, 1, 1, 2, 3))))
+    stream = b"".join(_request(random, authorization) for _ in range(random.choice((1, 1, 1, 2, 3))))
     for _ in range(random.choice((0, 1, 1, 2))):
         stream = _damage(random, stream)
     if random.random() < 0.6 or len(stream) < 2:
@@ -182,10 +196,12 @@ def _stream(random: Random) -> list[bytes]:
     return [stream[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
 
 
-def _request(random: Random) -> bytes:
+def _request(random: Random, authorization: bytes | None) -> bytes:
     seed = random.choice(seeds())
     start = b"POST /v1/solve HTTP/1.1" if random.random() < 0.8 else random.choice(_STARTS)
     lines = [start, b"Host: localhost", b"Content-Type: " + seed.content_type.encode()]
+    if authorization is not None:
+        lines.append(authorization)
     if random.random() < 0.5:
         lines.append(b"Connection: close")
     body = seed.body

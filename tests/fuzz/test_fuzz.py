@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 
 from argrad.wire import JSON, SAFETENSORS, codec
 from argrad.wire import json as json_codec
-from argrad_service.http import exchange, registration
+from argrad_service.http import envelope, exchange, guard, registration
 from argrad_service.http.protocol import GuardedProtocol
-from tests.fuzz import api, calls, framing, tally
+from tests.fuzz import __main__ as main_module
+from tests.fuzz import api, calls, framing, keys, tally
 from tests.fuzz import codec as codec_target
 from tests.fuzz.tally import Tally
 
@@ -26,8 +28,11 @@ RUNS: dict[str, tuple[Callable[[], Tally], int]] = {
     "binary replies": (lambda: codec_target.fuzz_messages(SAFETENSORS, 1000, 4, of_replies=True), 50),
     "frames of zstd": (lambda: codec_target.fuzz_frames(2000, 5), 4),
     "calls": (lambda: calls.fuzz_calls(600, 6), 100),
+    "calls with keys": (lambda: keys.fuzz_keys(300, 9), 50),
     "framing": (lambda: framing.fuzz_framing(400, 7), 10),
+    "framing with keys": (lambda: framing.fuzz_framing(100, 10, with_keys=True), 8),
     "openapi": (lambda: api.fuzz_api(1, 8, ("examples", "fuzzing", "stateful")), 15),
+    "openapi, no key": (lambda: api.fuzz_api(1, 11, ("examples", "fuzzing"), who="no key"), 10),
 }
 
 
@@ -77,6 +82,37 @@ def test_a_connection_that_stays_open_is_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(framing, "MOST_S", 1.5)
     monkeypatch.setattr(GuardedProtocol, "_start_clock", lambda _: None)
     assert framing.fuzz_framing(60, 0).outcomes["hang"]
+
+
+@pytest.mark.parametrize("target", ["calls", "framing", "openapi"])
+def test_a_route_that_asks_for_no_key_is_found(monkeypatch: pytest.MonkeyPatch, target: str):
+    monkeypatch.setattr(guard, "OPEN", {*guard.OPEN, "/v1/solve", "/v1/solvers", "/metrics"})
+    run: dict[str, Callable[[], Tally]] = {
+        "calls": lambda: keys.fuzz_keys(60, 0),
+        "framing": lambda: framing.fuzz_framing(60, 0, with_keys=True),
+        "openapi": lambda: api.fuzz_api(1, 0, ("examples",), who="wrong key"),
+    }
+    findings = list(run[target]().findings.values())
+    assert any("not 401" in words or "without a key" in words for words in findings), findings
+
+
+def test_a_key_that_is_not_served_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keys, "KEYS", keys.KEYS.replace("0", "1"))
+    assert any("a key that is refused" in words for words in keys.fuzz_keys(20, 0).findings.values())
+
+
+def test_a_key_in_the_log_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(envelope, "_route", lambda scope: str(scope["headers"]))
+    assert "a key is in the log" in keys.fuzz_keys(20, 0).findings.values()
+
+
+def test_a_run_of_too_few_inputs_or_with_an_idle_target_is_not_passed(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(sys, "argv", ["make fuzz"])
+    for counts, words in (((199_999, 0), "idle: ['1']"), ((199_998, 1), "idle: []"), ((199_999, 1), "")):
+        tallies = [Tally(str(i), inputs=count) for i, count in enumerate(counts)]
+        monkeypatch.setattr(main_module, "run", lambda *_, tallies=tallies: tallies)
+        assert main_module.main() == bool(words)
+        assert words in capsys.readouterr().out
 
 
 def test_a_status_that_the_document_does_not_have_is_found(monkeypatch: pytest.MonkeyPatch):

@@ -72,6 +72,13 @@ async def test_every_route_is_denied_without_a_known_key(given: dict[str, str]):
         assert (await client.get("/health/ready", headers=given)).json() == {"status": "ready"}
 
 
+async def test_what_else_is_wrong_is_not_looked_at_without_a_key():
+    wrong = {"x-request-id": "a" * 129}
+    async with running_app(make_app(api_keys=KEYS)) as client:
+        check_refused(await client.get("/v1/solvers", headers=wrong), 401, "unauthorized")
+        check_refused(await client.get("/v1/solvers", headers=wrong | bearer(BOB)), 400, "bad-request")
+
+
 async def test_the_list_above_has_every_route():
     paths = {re.sub(r"\{\w+\}", "", route.path) for route in make_app().routes}
     assert all(any(listed.startswith(path) for _, listed in [*ROUTES, ("", "/health/")]) for path in paths), paths

@@ -107,12 +107,10 @@ class Envelope:
         self, scope: Scope, headers: Mapping[bytes, bytes], record: Record, malformed: BadRequest | None
     ) -> ASGIApp:
         """Who answers: the application, or what has no need of it."""
-        if malformed is not None:
-            return _refusing(malformed, record)
         preflight = self._cors.preflight(scope["method"], headers)
         if preflight is not None:
             return preflight
-        refusal: Exception | None = self._guard.refusal(scope, headers, record)
+        refusal: Exception | None = self._guard.refusal(scope, headers, record) or malformed
         if refusal is None and self._guard.is_counting:
             refusal = await self._guard.excess(scope, record)
         return self._app if refusal is None else _refusing(refusal, record)
