@@ -15,7 +15,10 @@ import torch
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import Histogram as Reference
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 import argrad
 from argrad.errors import MissingExtraError
@@ -25,6 +28,7 @@ from argrad_service import engine
 from argrad_service.app import create_app
 from argrad_service.http.iterations import BOUNDS, Iterations
 from argrad_service.http.logs import make_logger
+from argrad_service.http.series import Counts, Histogram
 from argrad_service.http.tracing import Tracing
 from argrad_service.settings import Settings
 from tests.service.support import HookedEngine, make_app, post, projection, running_app, serving, simplex, wait_until
@@ -32,6 +36,36 @@ from tests.service.support import HookedEngine, make_app, post, projection, runn
 pytestmark = pytest.mark.anyio
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def text_of(*series: Collector) -> list[str]:
+    """What a scrape shows of some series, without the moment at which they began."""
+    registry = CollectorRegistry()
+    for one in series:
+        registry.register(one)
+    return [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
+
+
+def test_series_say_what_the_library_s_own_say() -> None:
+    bounds, values = (0.1, 0.5, 2), (0.0, 0.1, 0.11, 0.5, 1.0, 2.0, 2.5, 100.0)
+    own, theirs = (
+        Histogram("took_seconds", "How long.", ["route"], bounds),
+        Reference("took_seconds", "How long.", ["route"], buckets=bounds, registry=None),
+    )
+    counts, counter = (
+        Counts("calls", "How many.", ["route", "status"]),
+        Counter("calls", "How many.", ["route", "status"]),
+    )
+    for route in ("/a", '/b"\n'):
+        for value in values:
+            own.observe((route,), value)
+            theirs.labels(route).observe(value)
+            counts.add((route, "200"))
+            counter.labels(route, "200").inc()
+        counts.add((route, "429"), 2.5)
+        counter.labels(route, "429").inc(2.5)
+    assert text_of(own, counts) == text_of(theirs, counter)
+    assert 'took_seconds_bucket{le="0.5",route="/a"} 4.0' in text_of(own)
 
 
 async def scrape(client: httpx.AsyncClient) -> Samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 from collections.abc import Mapping
@@ -118,29 +119,39 @@ class Envelope:
     def _note(self, scope: Scope, status: int, record: Record) -> None:
         route = _route(scope)
         self._metrics.count(route, status, record)
-        line: dict[str, Any] = {
-            "method": scope["method"],
-            "route": route,
-            "status": status,
-            "ms": round(record.elapsed_ms, 3),
-            "request_id": record.request_id,
-        }
-        if record.key is not None:
-            line["key"] = record.key
-        if route == _UNMATCHED:
-            line["path"] = _path(scope, is_whole=record.problem_type not in _REFUSED)
-        if record.stages_ms:
-            line |= {f"{stage}_ms": round(ms, 3) for stage, ms in record.stages_ms.items()}
-            line |= {"bytes_in": record.request_bytes, "bytes_out": record.reply_bytes}
-        if record.problem_type is not None:
-            line |= {"type": record.problem_type, "detail": record.detail}
-        if self._tracing is not None and route not in _QUIET:
+        is_quiet = route in _QUIET
+        trace_id: str | None = None
+        if self._tracing is not None and not is_quiet:
             headers = dict(scope["headers"])
-            line["trace_id"] = self._tracing.record(scope["method"], route, status, headers, record)
-        if route in _QUIET and status < 400:
-            self._log.debug("request", **line)
-        else:
-            self._log.info("request", **line)
+            trace_id = self._tracing.record(scope["method"], route, status, headers, record)
+        level = logging.DEBUG if is_quiet and status < 400 else logging.INFO
+        if not self._log.is_enabled_for(level):
+            return
+        line = _line(scope, route, status, record)
+        if trace_id is not None:
+            line["trace_id"] = trace_id
+        self._log.log(level, "request", **line)
+
+
+def _line(scope: Scope, route: str, status: int, record: Record) -> dict[str, Any]:
+    """What the log says of a request."""
+    line: dict[str, Any] = {
+        "method": scope["method"],
+        "route": route,
+        "status": status,
+        "ms": round(record.elapsed_ms, 3),
+        "request_id": record.request_id,
+    }
+    if record.key is not None:
+        line["key"] = record.key
+    if route == _UNMATCHED:
+        line["path"] = _path(scope, is_whole=record.problem_type not in _REFUSED)
+    if record.stages_ms:
+        line |= {f"{stage}_ms": round(ms, 3) for stage, ms in record.stages_ms.items()}
+        line |= {"bytes_in": record.request_bytes, "bytes_out": record.reply_bytes}
+    if record.problem_type is not None:
+        line |= {"type": record.problem_type, "detail": record.detail}
+    return line
 
 
 def _route(scope: Scope) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TypeVar, cast
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
-from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from argrad_service.http.iterations import Iterations
 from argrad_service.http.phases import Phases
 from argrad_service.http.record import Record
+from argrad_service.http.series import Counts, Histogram
 from argrad_service.scheduling import SIZES, Pending, Scheduler
 from argrad_service.state import ProblemStore, StateStore
 
@@ -41,7 +40,6 @@ _SECONDS = (
     300,
 )
 _MS = 1e-3
-M = TypeVar("M", bound=MetricWrapperBase)
 
 
 class Metrics:
@@ -67,30 +65,21 @@ class Metrics:
         shared: Collector,
     ) -> None:
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "argrad_requests_total",
-            "Requests by route, HTTP status and problem type.",
-            ["route", "status", "type"],
-            registry=registry,
+        self._requests = Counts(
+            "argrad_requests", "Requests by route, HTTP status and problem type.", ["route", "status", "type"]
         )
         self._seconds = Histogram(
-            "argrad_request_seconds",
-            "From a request's first byte to its reply's last.",
-            ["route"],
-            buckets=_SECONDS,
-            registry=registry,
+            "argrad_request_seconds", "From a request's first byte to its reply's last.", ["route"], _SECONDS
         )
-        self._stages = Histogram(
-            "argrad_stage_seconds", "Stages of a call.", ["route", "stage"], buckets=_SECONDS, registry=registry
-        )
-        self._problems = Counter("argrad_problems_total", "Problems solved, by status.", ["status"], registry=registry)
-        self._bytes = Counter(
-            "argrad_body_bytes_total",
+        self._stages = Histogram("argrad_stage_seconds", "Stages of a call.", ["route", "stage"], _SECONDS)
+        self._problems = Counts("argrad_problems", "Problems solved, by status.", ["status"])
+        self._bytes = Counts(
+            "argrad_body_bytes",
             "Bytes of bodies: of requests decompressed, of replies as sent.",
             ["route", "direction"],
-            registry=registry,
         )
-        self._children: dict[tuple[object, ...], MetricWrapperBase] = {}
+        for series in (self._requests, self._seconds, self._stages, self._problems, self._bytes):
+            registry.register(series)
         self._iterations = Iterations()
         registry.register(_Scraped(scheduler, pending, store, problems, phases))
         registry.register(self._iterations)
@@ -100,26 +89,18 @@ class Metrics:
 
     def count(self, route: str, status: int, record: Record) -> None:
         """Count a request that is over."""
-        self._child(self._requests, route, str(status), record.problem_type or "").inc()
-        self._child(self._seconds, route).observe(record.elapsed_ms * _MS)
+        self._requests.add((route, str(status), record.problem_type or ""))
+        self._seconds.observe((route,), record.elapsed_ms * _MS)
         for stage, ms in record.stages_ms.items():
-            self._child(self._stages, route, stage).observe(ms * _MS)
+            self._stages.observe((route, stage), ms * _MS)
         for word, number in record.problems.items():
-            self._child(self._problems, word).inc(number)
+            self._problems.add((word,), number)
         if record.solver is not None and record.iterations is not None:
             self._iterations.count(record.solver, record.iterations)
         if record.request_bytes:
-            self._child(self._bytes, route, "in").inc(record.request_bytes)
+            self._bytes.add((route, "in"), record.request_bytes)
         if record.reply_bytes:
-            self._child(self._bytes, route, "out").inc(record.reply_bytes)
-
-    def _child(self, metric: M, *labels: str) -> M:
-        """`metric.labels(...)`, which takes longer than counting does, remembered; there are few label sets."""
-        key = (id(metric), *labels)
-        child = self._children.get(key)
-        if child is None:
-            child = self._children[key] = metric.labels(*labels)
-        return cast("M", child)
+            self._bytes.add((route, "out"), record.reply_bytes)
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 PHASES = ("read", "decode", "encode")
 
@@ -14,11 +13,21 @@ class Phases:
     def __init__(self) -> None:
         self.calls = dict.fromkeys(PHASES, 0)
 
-    @contextlib.contextmanager
-    def of(self, phase: str) -> Iterator[None]:
+    def of(self, phase: str) -> AbstractContextManager[None]:
         """Count a call for as long as this is open."""
-        self.calls[phase] += 1
-        try:
-            yield
-        finally:
-            self.calls[phase] -= 1
+        return _Phase(self.calls, phase)
+
+
+class _Phase(AbstractContextManager[None]):
+    """What `contextlib.contextmanager` would make of three lines, in a third of the time."""
+
+    __slots__ = ("_calls", "_phase")
+
+    def __init__(self, calls: dict[str, int], phase: str) -> None:
+        self._calls, self._phase = calls, phase
+
+    def __enter__(self) -> None:
+        self._calls[self._phase] += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._calls[self._phase] -= 1
