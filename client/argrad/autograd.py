@@ -123,6 +123,7 @@ def solved(record: Recorded, *parameters: Tensor) -> Tensors:
         keep_state=record.keep_state and units is None,
         warm_start=start,
         check=False,
+        fits=True,
     )
     result = client.run(steps)
     record.ahead = None if units is None else ahead_of(result)

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, cast
 
 import torch
@@ -167,8 +168,12 @@ def solve(
     warm_start: Mapping[str, Tensor] | Point | None = None,
     learned: frozenset[str] | None = None,
     check: bool = True,
+    fits: bool = False,
 ) -> Generator[Exchange, Reply, SolveResult]:
-    """POST /v1/solve; see `Client.solve`. `learned` parameters are by default those that say so themselves."""
+    """POST /v1/solve; see `Client.solve`.
+
+    `learned` parameters are by default those that say so themselves; `fits` says that `upstream` needs no check.
+    """
     form = form_of(problem)
     learned = learned_of(form) if learned is None else learned
     if wrt is not None:
@@ -176,25 +181,18 @@ def solve(
         check_names("wrt", wrt, form.names)
     tensors = named("problem", form.parameters)
     if upstream is not None:
-        check_upstream(form, upstream)
+        if not fits:
+            check_upstream(form, upstream)
         tensors |= _directions("upstream", upstream, options)
     start: WarmStartDocument | None = None
     if isinstance(warm_start, Point) and warm_start.state is not None:
         start, call = WarmStartDocument(state=warm_start.state), replace(call, affinity=warm_start.affinity)
     elif warm_start is not None:
         tensors |= _start(form, warm_start)
-    request = SolveRequest(
-        problem=ProblemDocument(kind=kind_of(form)),
-        solver=options.solver_document,
-        differentiation=options.differentiation_document,
-        wrt=None if wrt is None else list(wrt),
-        gradients=gradients,
-        failed_gradients=failed_gradients,
-        keep_state=keep_state,
-        deterministic=options.deterministic,
-        warm_start=start,
-        precision=options.precision,
-    )
+    names = None if wrt is None else tuple(wrt)
+    request = _solve_request(kind_of(form), options.text, names, gradients, failed_gradients, keep_state)
+    if start is not None:
+        request = request.model_copy(update={"warm_start": start})
     began = time.monotonic()
     try:
         message, out = yield Exchange("solve", request, tensors, call, learned)
@@ -218,6 +216,30 @@ def solve(
         gradient_statuses=one_each(reply.gradient_status),
     )
     return result.check() if check else result
+
+
+@lru_cache(maxsize=128)
+def _solve_request(
+    kind: Literal["qp", "qp_two_sided", "sparse_qp"],
+    options_text: str,
+    wrt: tuple[str, ...] | None,
+    gradients: Gradients,
+    failed_gradients: FailedGradients,
+    keep_state: bool | None,
+) -> SolveRequest:
+    """The document of a solve, which a training loop sends again and again."""
+    options = Options.from_text(options_text)
+    return SolveRequest(
+        problem=ProblemDocument(kind=kind),
+        solver=options.solver_document,
+        differentiation=options.differentiation_document,
+        wrt=None if wrt is None else list(wrt),
+        gradients=gradients,
+        failed_gradients=failed_gradients,
+        keep_state=keep_state,
+        deterministic=options.deterministic,
+        precision=options.precision,
+    )
 
 
 def _directions(section: str, tensors: Mapping[str, Tensor], options: Options) -> TensorMap:

@@ -22,9 +22,9 @@ def named(prefix: str, tensors: Mapping[str, Tensor]) -> TensorMap:
 
 def section(tensors: TensorMap, name: str, like: Tensor) -> Blocks:
     """One object of a reply, on the device and in the dtype of the problem."""
-    prefix = name + "."
+    prefix, device, dtype = name + ".", like.device, like.dtype
     return {
-        key.removeprefix(prefix): tensor.to(device=like.device, dtype=like.dtype)
+        key.removeprefix(prefix): tensor if tensor.dtype == dtype and tensor.device == device else tensor.to(like)
         for key, tensor in tensors.items()
         if key.startswith(prefix)
     }

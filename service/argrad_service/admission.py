@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from argrad.errors import ArgradError, ProblemError
@@ -72,12 +74,7 @@ class Size:
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor]) -> Size:
         """Read the sizes of a problem's parameters, by the caller's names."""
-        last = {name: t.shape[-1] if t.ndim else 0 for name, t in parameters.items()}
-        batches = [t.shape[0] for name, t in parameters.items() if t.ndim > _RANKS.get(name, 2)]
-        rows = sum(last.get(name, 0) for name in ("h", "b", "lb", "ub", "l", "u"))
-        stored = [t.numel() for name, t in parameters.items() if name.endswith("_values")]
-        n = max(last.get("q", 0), last.get("Q", 0), last.get("P", 0))
-        return cls(max(batches, default=1), n, rows, sum(stored) if stored else None)
+        return _size_of(tuple([(name, tensor.shape) for name, tensor in parameters.items()]))
 
     def check(self, limits: Limits) -> None:
         """Refuse a problem that can never be solved here.
@@ -107,6 +104,17 @@ class Size:
         if self.nnz is not None:
             return self.batch * _DOUBLE * 256 * (self.nnz + n + rows)
         return self.batch * _DOUBLE * (8 * n * n + 24 * rows * n + 2 * rows * rows + 96 * (n + rows))
+
+
+@lru_cache(maxsize=256)
+def _size_of(shapes: tuple[tuple[str, torch.Size], ...]) -> Size:
+    """Sizes of parameters of these names and shapes: callers come with the same again and again."""
+    last = {name: shape[-1] if shape else 0 for name, shape in shapes}
+    batches = [shape[0] for name, shape in shapes if len(shape) > _RANKS.get(name, 2)]
+    rows = sum(last.get(name, 0) for name in ("h", "b", "lb", "ub", "l", "u"))
+    stored = [shape.numel() for name, shape in shapes if name.endswith("_values")]
+    n = max(last.get("q", 0), last.get("Q", 0), last.get("P", 0))
+    return Size(max(batches, default=1), n, rows, sum(stored) if stored else None)
 
 
 def check_reply(

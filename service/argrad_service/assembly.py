@@ -21,6 +21,10 @@ _AT_A_POINT = frozenset({"lam_lb", "lam_ub"})
 """Blocks whose cotangents mean something else where the point is another (variables fixed by lb = ub)."""
 
 
+_REPORT = ReportDocument(solver="")
+"""What replies are copied from, which takes less than pydantic's `model_construct`."""
+
+
 class Cotangent:
     """The caller's cotangents of the solution, checked.
 
@@ -122,11 +126,12 @@ def report(form: Form, forward: Outcome, differentiated: Backward | Tangents | N
         for found, others in zip(flags, more, strict=False):
             found += [flag.value for flag in others if flag.value not in found]
     # What is written here needs no check, and a batch may be thousands.
-    return ReportDocument.model_construct(
-        solver=forward.solver,
-        method=None if differentiated is None else differentiated.method,
-        flags=flags[0] if form.batch_size is None else flags,
-    )
+    known = {
+        "solver": forward.solver,
+        "method": None if differentiated is None else differentiated.method,
+        "flags": flags[0] if form.batch_size is None else flags,
+    }
+    return _REPORT.model_copy(update=known)
 
 
 def per_problem(form: Form, values: Sequence[str]) -> str | list[str]:

@@ -91,14 +91,14 @@ class Operations:
             ProblemGone: nothing is registered under the digest.
         """
         check_iterations(self._limits, request.solver.max_iterations)
-        parameters, cotangents = _section(tensors, "problem"), _section(tensors, "upstream")
+        given = _sections(tensors)
+        parameters, cotangents = given.get("problem", {}), given.get("upstream", {})
         form, registered = self._parse(request.problem, parameters, owner)
-        versions = versions_of(form)
         wrt = assembly.wanted_gradients(request, form) if cotangents else []
         self._check_reply(form, wrt if request.gradients == "full" else [], cotangents, is_json)
         cotangents = _widened(cotangents, form, request.precision)
         cotangent = assembly.Cotangent(form, cotangents) if cotangents else None
-        start = self._start(form, request, _section(tensors, "warm_start"), owner)
+        start = self._start(form, request, given.get("warm_start", {}), owner)
         keep = request.keep_state if request.keep_state is not None else cotangent is None
 
         return Solve(
@@ -108,7 +108,7 @@ class Operations:
             budget=self._budget,
             request=request,
             form=form,
-            versions=versions,
+            versions=versions_of(form) if keep else (),
             start=start,
             cotangent=cotangent,
             wrt=wrt,
@@ -321,3 +321,12 @@ def _widened(directions: dict[str, Tensor], form: Form, precision: Precision) ->
 def _section(tensors: Mapping[str, Tensor], section: str) -> dict[str, Tensor]:
     prefix = section + "."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _sections(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each section that has any."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        section, _, own = name.partition(".")
+        found.setdefault(section, {})[own] = tensor
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from argrad.problems import QP, Form, Solution
 from argrad.problems.qp import DIMENSIONS
 from argrad.problems.sparse import SparseForm
-from argrad.wire.messages import DifferentiationDocument, SolveReply, SolveRequest, TensorMap
+from argrad.wire.messages import DifferentiationDocument, ReportDocument, SolveReply, SolveRequest, TensorMap
 from argrad_service import assembly
 from argrad_service.batching.lots import Lot, lot_of
 from argrad_service.batching.outcomes import Assembled, of_slices
@@ -27,6 +27,9 @@ Answer = tuple[SolveReply, TensorMap]
 
 ROOM_FOR_ONE = 8.0
 """A solve alone may cost this many times the floating-point operations of a batch before it is split."""
+
+_BLANK = SolveReply(status="", report=ReportDocument(solver=""))
+"""What replies are copied from."""
 
 
 def vjp(
@@ -62,7 +65,7 @@ class Solve:
         budget: Of a batch; None where nothing is merged or split.
         request: The document.
         form: The problem.
-        versions: Of the caller's tensors before the solve.
+        versions: Of the caller's tensors before the solve, where state is kept.
         start: Warm start.
         cotangent: Of a differentiation in the same call.
         wrt: Parameters whose gradients are wanted.
@@ -172,12 +175,14 @@ class Solve:
                 known=frozenset() if named is None else frozenset(named.registration.tensors),
             )
             token = self.store.put(kept, nbytes=kept.nbytes, owner=self.owner)
-        reply = SolveReply.model_construct(
-            status=assembly.per_problem(form, forward.status),
-            report=assembly.report(form, forward, backward),
-            gradient_status=assembly.gradient_status(form, backward),
-            state=token,
-            timings_ms=timings,
+        reply = _BLANK.model_copy(
+            update={
+                "status": assembly.per_problem(form, forward.status),
+                "report": assembly.report(form, forward, backward),
+                "gradient_status": assembly.gradient_status(form, backward),
+                "state": token,
+                "timings_ms": timings,
+            }
         )
         return reply, assembly.in_precision(out, self.request.precision)
 

@@ -9,7 +9,7 @@ import torch
 
 from argrad.problems import Form, Solution
 from argrad.problems.sparse import SparseForm
-from argrad.wire.messages import TensorMap, VjpReply, VjpRequest
+from argrad.wire.messages import ReportDocument, TensorMap, VjpReply, VjpRequest
 from argrad_service import assembly
 from argrad_service.batching.frames import Frame, Sizes
 from argrad_service.batching.lots import METHODS, Lot, lot_of
@@ -24,6 +24,9 @@ from argrad_service.working import Engine, Timings, stage
 JOINED = 50_000
 """Elements of the factors of a call up to which it is differentiated together with others: their factors are copied
 into one, which takes as long as it saves where they are larger."""
+
+_BLANK = VjpReply(report=ReportDocument(solver=""))
+"""What replies are copied from."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,10 +91,12 @@ class Vjp:
         self, forward: Outcome, backward: Backward, out: TensorMap, timings: Timings
     ) -> tuple[VjpReply, TensorMap]:
         """Put the reply together."""
-        reply = VjpReply.model_construct(
-            report=assembly.report(self.form, forward, backward),
-            gradient_status=assembly.gradient_status(self.form, backward),
-            timings_ms=timings,
+        reply = _BLANK.model_copy(
+            update={
+                "report": assembly.report(self.form, forward, backward),
+                "gradient_status": assembly.gradient_status(self.form, backward),
+                "timings_ms": timings,
+            }
         )
         return reply, assembly.in_precision(out, self.request.precision)
 

@@ -189,3 +189,23 @@ def test_wire_errors_pickle_and_keep_their_parts(error: type[UnreadableBodyError
     again = pickle.loads(pickle.dumps(error("body", "x", "y")))
     assert (type(again), str(again)) == (error, "body: found x, wanted y")
     assert (again.field, again.found, again.wanted) == ("body", "x", "y")
+
+
+def test_a_document_that_recurs_is_read_once_and_its_tensors_each_time() -> None:
+    request = SolveRequest(solver=SolverDocument(name="pdipm", tolerance=1e-6))
+    bodies = [encode(request, {"problem.q": torch.full((3,), value)}, SAFETENSORS) for value in (1.0, 2.0)]
+    (first, ones), (second, twos) = (decode(SolveRequest, b"".join(body), SAFETENSORS) for body in bodies)
+    assert first == second == request
+    assert first is second
+    assert ones["problem.q"].tolist() == [1.0] * 3
+    assert twos["problem.q"].tolist() == [2.0] * 3
+
+
+def test_a_header_that_recurs_is_checked_against_each_body_and_each_model() -> None:
+    body = b"".join(encode(SolveRequest(), {"problem.q": torch.ones(2)}, SAFETENSORS))
+    for _ in range(2):
+        decode(SolveRequest, body, SAFETENSORS)
+        with pytest.raises(UnreadableBodyError, match="an end within the 7 bytes of data"):
+            decode(SolveRequest, body[:-1], SAFETENSORS)
+        with pytest.raises(ProblemError, match="deterministic: found an unknown field"):
+            decode(VjpRequest, body, SAFETENSORS)

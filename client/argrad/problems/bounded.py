@@ -87,6 +87,10 @@ class BoundedQP(Form):
         def block(name: str, size: int) -> Tensor:
             return given[name] if name in given else like.new_zeros(*like.shape[:-1], size)
 
+        if self.row_map.size == 0:  # the caller's rows are all there are
+            if "nu" in given or "lam" in given:
+                canonical |= {"nu": block("nu", self.row_map.own_p), "lam": block("lam", self.row_map.own_m)}
+            return canonical | {"s": given["s"]} if "s" in given else canonical
         m, p, n = self.row_map.own_m, self.row_map.own_p, self.problem.n
         lower, upper = block("lam_lb", n), block("lam_ub", n)
         fixed = like.new_zeros(*like.shape[:-1], n)

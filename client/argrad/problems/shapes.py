@@ -153,11 +153,11 @@ def check_finite(field: str, tensor: Tensor, wanted: str = "finite numbers", *, 
     Raises:
         ProblemError: with the value and its position.
     """
-    tensor = tensor.detach()
     # A finite sum has finite terms: one pass without a temporary. Should finite numbers overflow it, or infinities be
     # there that are allowed, the exact test decides.
     if _has_finite_sum(tensor):
         return
+    tensor = tensor.detach()
     bad = ~torch.isfinite(tensor)
     if allowing is not None:
         bad &= tensor != allowing
@@ -167,6 +167,8 @@ def check_finite(field: str, tensor: Tensor, wanted: str = "finite numbers", *, 
 
 
 def _has_finite_sum(tensor: Tensor) -> bool:
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_cpu and tensor.numel() > _ONE_THREAD:
         # NumPy sums in the calling thread; torch wakes its thread pool, which costs 10 ms where that is busy solving.
         with contextlib.suppress(RuntimeError), np.errstate(all="ignore"):  # torch.func's tensors have no storage

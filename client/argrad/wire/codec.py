@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from argrad.wire.messages import M, Message, TensorMap
 from argrad.wire.negotiation import JSON, body_format
 
 _DOCUMENT = "argrad"
+
+_REMEMBERED = 128
+"""Headers of messages that recur."""
 
 
 def encode(message: Message, tensors: Mapping[str, Tensor], content_type: str) -> list[bytes | memoryview]:
@@ -68,18 +72,31 @@ def decode(
     """
     if body_format(content_type) == JSON:
         return json.read(model, body, limits)
-    metadata, tensors = safetensors.read(body, max_header_bytes=max_header_bytes)
+    text, start = safetensors.header_of(body, max_header_bytes)
+    read = _read_header if model.recurs and len(text) <= safetensors.SHORT else _read_header.__wrapped__
+    document, entries = read(model, text, len(body) - start)
+    return document, safetensors.views_of(body, start, entries)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _read_header(model: type[M], text: bytes, size: int) -> tuple[M, Mapping[str, safetensors.Entry]]:
+    """Document and tensors that a header tells of, in front of so many bytes of data.
+
+    A caller asks the same again and again with other numbers: a document is frozen, and one that was read is as good as
+    one that is read anew.
+    """
+    metadata, entries = safetensors.outline_of(text, size)
     if _DOCUMENT not in metadata:
         wanted = "the JSON document of the message, as a string"
         raise UnreadableBodyError(f"__metadata__.{_DOCUMENT}", "nothing", wanted)
     document = parse_object(f"__metadata__.{_DOCUMENT}", metadata[_DOCUMENT])
-    for name in tensors:
+    for name in entries:
         section = check_tensor_name(model, name)
         if section is not None and document.get(section) is None:
             document[section] = {}
-    return validate(model, document), tensors
+    return validate(model, document), entries
 
 
 def encoded_size(buffers: Iterable[bytes | memoryview]) -> int:
     """Length in bytes of the body that buffers make up: its Content-Length."""
-    return sum(len(buffer) for buffer in buffers)
+    return sum(map(len, buffers))

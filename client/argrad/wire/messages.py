@@ -42,6 +42,8 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     tensor_sections: ClassVar[Section] = {}
+    recurs: ClassVar[bool] = False
+    """Whether callers send the same document again and again, with other tensors."""
 
 
 M = TypeVar("M", bound=Message)
@@ -132,6 +134,7 @@ class SolveRequest(GradientOptions):
         "upstream": _TENSORS_ONLY,
         "warm_start": frozenset({"state"}),
     }
+    recurs: ClassVar[bool] = True
     protocol: Literal[1] = PROTOCOL
     problem: ProblemDocument = ProblemDocument()
     solver: SolverDocument = Field(default_factory=SolverDocument)

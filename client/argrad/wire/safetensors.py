@@ -41,7 +41,7 @@ _WANTED_DTYPES = "F64 or F32 (I64 for counts)"
 _REMEMBERED = 128
 """Layouts of short headers."""
 
-_SHORT = 4096
+SHORT = 4096
 """Bytes of a header up to which it is short,"""
 
 _FEW = 40
@@ -116,17 +116,48 @@ def read(
         UnreadableBodyError: the body is truncated, or its header is too long, not JSON, or lies about the data.
         ProblemError: a tensor in half precision.
     """
+    text, start = header_of(body, max_header_bytes)
+    metadata, entries = outline_of(text, len(body) - start)
+    return metadata, views_of(body, start, entries)
+
+
+def header_of(body: bytes | bytearray | memoryview, max_header_bytes: int = MAX_HEADER_BYTES) -> tuple[bytes, int]:
+    """The header of a file, not parsed yet, and where its data begin.
+
+    Raises:
+        UnreadableBodyError: the body is truncated, or its header is too long.
+    """
     view = memoryview(body)
-    text, start = _header_of(view, max_header_bytes)
-    known = _known(text, len(view) - start) if len(text) <= _SHORT else None
+    if len(view) < 8:
+        raise UnreadableBodyError("body", f"{len(view)} bytes", "at least the 8 bytes of the header's length")
+    length = int.from_bytes(view[:8], "little")
+    if length > max_header_bytes:
+        raise UnreadableBodyError("header length", f"{length} bytes", f"at most {max_header_bytes}")
+    start = 8 + length
+    if start > len(view):
+        raise UnreadableBodyError("body", f"{len(view)} bytes", f"at least {start}, as the header's length says")
+    return bytes(view[8:start]), start
+
+
+def outline_of(text: bytes, size: int) -> tuple[dict[str, str], Mapping[str, Entry]]:
+    """What a header in front of so many bytes of data says: metadata, and where each tensor lies.
+
+    Raises:
+        UnreadableBodyError: it is not JSON, or lies about the data.
+        ProblemError: a tensor in half precision.
+    """
+    known = _known(text, size) if len(text) <= SHORT else None
     if known is not None:
-        metadata, entries = known
-    else:
-        header = _parsed(text)
-        metadata = _check_metadata(header.pop(_METADATA, {}))
-        entries = _checked(header, len(view) - start)
-    data = bytearray(view) if view.readonly else body
-    return metadata, {name: _view(data, start, entry) for name, entry in entries.items()}
+        return known
+    header = _parsed(text)
+    metadata = _check_metadata(header.pop(_METADATA, {}))
+    return metadata, _checked(header, size)
+
+
+def views_of(body: bytes | bytearray | memoryview, start: int, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """The tensors of a file whose data begin at `start`, as views of it, or of a copy where it cannot be written to."""
+    data = bytearray(body) if memoryview(body).readonly else body
+    return {name: _view(data, start, entry) for name, entry in entries.items()}
 
 
 def _known(text: bytes, size: int) -> tuple[dict[str, str], Mapping[str, Entry]] | None:
@@ -166,18 +197,6 @@ def _checked(header: Mapping[str, Any], size: int) -> dict[str, Entry]:
     entries = {name: _check_entry(name, entry) for name, entry in header.items()}
     _check_coverage(entries, size)
     return entries
-
-
-def _header_of(view: memoryview, max_header_bytes: int) -> tuple[bytes, int]:
-    if len(view) < 8:
-        raise UnreadableBodyError("body", f"{len(view)} bytes", "at least the 8 bytes of the header's length")
-    length = int.from_bytes(view[:8], "little")
-    if length > max_header_bytes:
-        raise UnreadableBodyError("header length", f"{length} bytes", f"at most {max_header_bytes}")
-    start = 8 + length
-    if start > len(view):
-        raise UnreadableBodyError("body", f"{len(view)} bytes", f"at least {start}, as the header's length says")
-    return bytes(view[8:start]), start
 
 
 def _check_metadata(metadata: object) -> dict[str, str]:

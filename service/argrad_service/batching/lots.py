@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -73,12 +74,7 @@ def lot_of(
     is_linear = problem.Q is None
     solver, method = request.solver, request.differentiation
     takes_padding = solver.name in PADDED
-    padded = sizes
-    if takes_padding:
-        # A linear program has no term that holds a variable of the padding in its place.
-        n, p = (sizes.n, sizes.p) if is_linear else (ceiling(sizes.n - sizes.p) + ceiling(sizes.p), ceiling(sizes.p))
-        padded = Sizes(n, p, ceiling(sizes.m))
-    n, rows = padded.n, padded.p + padded.m
+    padded, flops, nbytes = _cost(sizes, count, takes_padding, is_linear)
     key: Hashable | None = None
     matrices = [t for t in (problem.Q, problem.G, problem.A) if t is not None]
     shares_factors = prepared is not None and _is_factored(matrices, prepared)
@@ -100,12 +96,19 @@ def lot_of(
             sizes.m <= sizes.n - sizes.p,  # `auto` and `pdipm` choose their form by it
             id(prepared) if shares_factors else None,
         )
-    return Lot(
-        key=key,
-        count=count,
-        flops=count * (n**3 / 3 + rows * n * n + rows * rows * n),
-        nbytes=Size(count, n, rows).work_bytes,
-    )
+    return Lot(key=key, count=count, flops=flops, nbytes=nbytes)
+
+
+@lru_cache(maxsize=256)
+def _cost(sizes: Sizes, count: int, takes_padding: bool, is_linear: bool) -> tuple[Sizes, float, int]:
+    """Sizes with padding, floating-point operations and bytes of so many problems."""
+    padded = sizes
+    if takes_padding:
+        # A linear program has no term that holds a variable of the padding in its place.
+        n, p = (sizes.n, sizes.p) if is_linear else (ceiling(sizes.n - sizes.p) + ceiling(sizes.p), ceiling(sizes.p))
+        padded = Sizes(n, p, ceiling(sizes.m))
+    n, rows = padded.n, padded.p + padded.m
+    return padded, count * (n**3 / 3 + rows * n * n + rows * rows * n), Size(count, n, rows).work_bytes
 
 
 def _repeats_little(matrices: Sequence[Tensor], count: int) -> bool:

@@ -19,13 +19,16 @@ class BufferedReply(Response):
         buffers: Their concatenation is the body.
         media_type: Of the body, before it was compressed.
         encoding: Of the body, if it has one.
+        nbytes: Of the body, where it is known.
     """
 
-    def __init__(self, buffers: Buffers, media_type: str, encoding: str | None = None) -> None:
+    def __init__(
+        self, buffers: Buffers, media_type: str, encoding: str | None = None, *, nbytes: int | None = None
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.body = b""
-        self.nbytes = encoded_size(buffers)
+        self.nbytes = encoded_size(buffers) if nbytes is None else nbytes
         self._buffers: Buffers = [b"".join(buffers)] if self.nbytes <= INLINE_BYTES else buffers
         self.raw_headers = [(b"content-length", b"%d" % self.nbytes), (b"content-type", media_type.encode())]
         if encoding is not None:
@@ -61,4 +64,4 @@ def write_reply(document: Message, tensors: TensorMap, media_type: str, encoding
         compressed = compress(buffers, size)
         if encoded_size(compressed) < size:
             return BufferedReply(compressed, media_type, ZSTD)
-    return BufferedReply(buffers, media_type)
+    return BufferedReply(buffers, media_type, nbytes=size)
