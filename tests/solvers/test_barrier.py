@@ -180,3 +180,17 @@ def test_equalities_alone_determine_the_solution_beside_a_row_that_is_far_away(p
     assert found.status[0] == Status.OPTIMAL
     torch.testing.assert_close(found.solution.z[0], z, rtol=0, atol=1e-9)
     torch.testing.assert_close(found.solution.nu[0], torch.linalg.solve(A.mT, -problem.q), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("of_costs", "of_rows"), [(1e-6, 1.0), (1.0, 1e-4), (1e-9, 1e-3), (1e6, 1e3)])
+def test_a_vertex_is_found_whatever_the_units(of_costs: float, of_rows: float):
+    """The path's first end, a gap of ε, says nothing where the whole objective is smaller."""
+    known = draw_lp(6, 14, 2)
+    given = known.problem.parameters()
+    found = solve(
+        QP(**given | {"q": of_costs * given["q"], "h": of_rows * given["h"], "b": of_rows * given["b"]}),
+        max_iterations=200,
+    )
+    assert set(found.status) == {Status.OPTIMAL}
+    torch.testing.assert_close(found.solution.z / of_rows, known.z, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.solution.lam / of_costs, known.lam, rtol=0, atol=1e-9)

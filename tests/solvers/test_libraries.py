@@ -13,6 +13,7 @@ from argrad_service import engine
 from argrad_service.engine import SolverOptions, Stopped
 from argrad_service.engine.registry import SOLVERS
 from tests.engine.qps import Case, draw, oracle_gradients, relative_error
+from tests.solvers.linear import draw_lp
 
 NAMES = ("osqp", "clarabel", "highs", "proxqp")
 
@@ -224,3 +225,19 @@ def test_says_nothing_on_standard_output(solver, capfd):
     known = draw(Case("quiet", n=5, m=6, p=0, batch=3), 11)
     engine.solve(known.problem, solver=solver)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("of_costs", "of_rows"), [(1e-6, 1.0), (1.0, 1e4), (1e-9, 1e-4), (1e6, 1e-5)])
+def test_a_vertex_is_found_whatever_the_units(solver, of_costs, of_rows):
+    """The libraries' tolerances are absolute: costs of 1e-6 would meet them anywhere."""
+    if "lp" not in SOLVERS[solver].kinds:
+        pytest.skip(f"{solver} takes no linear program")
+    known = draw_lp(6, 14, 2)
+    given = known.problem.parameters()
+    scaled = given | {"q": of_costs * given["q"], "h": of_rows * given["h"], "b": of_rows * given["b"]}
+    forward = engine.solve(QP(**scaled), solver=solver)
+    assert set(forward.status) == {"optimal"}
+    assert forward.flags == ((),) * 3
+    torch.testing.assert_close(forward.solution.z / of_rows, known.z, rtol=0, atol=1e-9)
+    torch.testing.assert_close(forward.solution.lam / of_costs, known.lam, rtol=0, atol=1e-9)
+    torch.testing.assert_close(forward.solution.nu / of_costs, known.nu, rtol=0, atol=1e-9)

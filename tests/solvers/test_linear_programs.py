@@ -83,6 +83,23 @@ def test_says_why_there_is_no_solution(solver, verdict, problem):
     assert engine.solve(problem, solver=solver).status == (verdict,)
 
 
+@pytest.mark.parametrize("solver", [*NAMES, "pdipm", "admm", "barrier"])
+def test_without_costs_every_point_is_a_solution(solver):
+    """Multipliers are zero then: rounding in their place would make a vertex a unique solution."""
+    rng = np.random.default_rng(0)
+    G = torch.from_numpy(rng.normal(size=(8, 10, 4)))
+    z = torch.from_numpy(rng.normal(size=(8, 4)))
+    h = torch.einsum("bij,bj->bi", G, z) + 0.1 + torch.from_numpy(rng.random((8, 10)))
+    box = torch.cat([torch.eye(4), -torch.eye(4)]).to(G).expand(8, -1, -1)
+    bounds = torch.full((8, 8), 50.0, dtype=torch.float64)
+    problem = QP(q=torch.zeros_like(z), G=torch.cat([G, box], 1), h=torch.cat([h, bounds], 1))
+    forward = engine.solve(problem, solver=solver)
+    assert set(forward.status) == {"optimal"}
+    assert all("nonunique" in flags for flags in forward.flags)
+    assert bool((forward.solution.lam == 0).all())
+    assert set(engine.vjp(forward, {"z": torch.ones_like(z)}).gradient_status) == {"nonunique"}
+
+
 @pytest.mark.parametrize("solver", NAMES)
 def test_vertex_with_more_rows_than_variables_through_it(solver):
     rows = numbers([1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0])

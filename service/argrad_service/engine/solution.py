@@ -46,6 +46,9 @@ def conclude(problem: QP, data: Data, point: Point, options: SolverOptions, *, s
         z, y, _ = solve_on_rows(data, guess)
         factor = factor_entropy(data, z, active)
     y[:, data.p :].clamp_(min=0)
+    if data.is_linear and data.tau is None:
+        # Without costs every multiplier is zero; what is left is rounding, large beside itself only.
+        y = torch.where((data.q == 0).all(-1, keepdim=True), 0.0, y)
     judged = residuals(data, z, y)
     is_regularised = takes_point = torch.zeros_like(is_optimal)
     is_truncated = takes_point if point.is_truncated is None else point.is_truncated

@@ -3,8 +3,8 @@
 Form: LPs and convex QPs with equalities and inequalities, dense, with a strictly feasible point. Method: phase I
 (`interior`) unless there are no inequalities, then the central path (`central_path`): damped Newton at each t, t ← μt
 when centred, until m/t < ε. With `polish` the active set that the end of the path shows is confirmed and the problem
-solved exactly on it; without, the barrier point itself is the answer: z is the minimiser of the barrier problem at the
-last t, λ = 1/(t s), and the duality gap is m/t.
+solved exactly on it, and where that set is not right yet the path goes on; without, the barrier point itself is the
+answer: z is the minimiser of the barrier problem at the last t, λ = 1/(t s), and the duality gap is m/t.
 
 Reference: Tan, Delong & Terekhov, Deep Inverse Optimization, CPAIOR 2019, section 4, with t⁽⁰⁾, μ and ε as there.
 Deviations: equalities, phase I, and QPs.
@@ -27,6 +27,16 @@ from argrad_service.engine.forward.verdicts import classify
 from argrad_service.engine.options import OwnOptions, SolverOptions, Stopped
 from argrad_service.engine.point import CODE, Point, confirm, factor_convex, guess_at, unsolved
 
+SHARPER = 1e3
+"""Factor by which the end of the path moves where it has not told the active set: ε may be more than the objective."""
+
+ROUNDING = 1e-11
+"""Gap, relative to the terms of the objective, below which a path that is to be finished exactly need not go at first:
+Newton's steps are rounding error there."""
+
+SHARPENINGS = 4
+"""Times that it moves at most."""
+
 
 class Options(OwnOptions):
     """Options of `barrier`. `max_iterations` bounds the Newton steps of phase I, and again those of the path."""
@@ -38,7 +48,8 @@ class Options(OwnOptions):
     """Factor by which t grows from one centring to the next."""
 
     epsilon: float = Field(default=1e-5, ge=1e-12, le=0.1)
-    """Bound on the duality gap m/t at which the path ends; without polish no larger than the tolerance."""
+    """Bound on the duality gap m/t at which the path ends; without polish no larger than the tolerance, with it where
+    the active set is looked for first."""
 
     polish: bool = True
     """Whether the active set is confirmed and the problem solved exactly on it; if not, z is the barrier point."""
@@ -67,11 +78,18 @@ def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # n
     interior = find_interior(data, max_iterations=options.max_iterations, should_stop=options.should_stop)
     is_convex = factor_convex(data.Q)[2].expand(data.B)
     is_inside, last_t = interior.is_found & is_convex, _last_t(data, own)
-    path, iterations, _ = follow(data, _start(data, own, interior.z), is_inside, last_t, options, mu=own.mu)
-    y = multipliers(data, path)
-    begun = interior.is_found.unsqueeze(-1)
-    guess = guess_at(data, path.z, torch.nan_to_num(torch.where(begun, y, 0.0)))
-    point = _confirm(data, guess) if own.polish else _final(data, guess)
+    if own.polish:
+        last_t = torch.minimum(last_t, data.m / (ROUNDING * _size(data, interior.z)))
+    path, iterations, is_done = follow(data, _start(data, own, interior.z), is_inside, last_t, options, mu=own.mu)
+    point = _judge(data, own, interior.is_found, path)
+    for _ in range(SHARPENINGS if own.polish else 0):
+        is_left = is_done & ~point.is_exact
+        if not bool(is_left.any()):
+            break
+        last_t = torch.where(is_left, SHARPER * last_t, last_t)
+        path, more, is_done = follow(data, path, is_left, last_t, options, mu=own.mu, spent=iterations)
+        iterations = iterations + more
+        point = _judge(data, own, interior.is_found, path)
     point.status = torch.where(interior.is_found, point.status, _LIMIT)
     point.status = torch.where(is_convex, point.status, CODE[Status.NONCONVEX])
     stopped = torch.where(iterations >= options.max_iterations, _LIMIT, CODE[Status.NUMERICAL_ERROR])
@@ -85,6 +103,13 @@ def solve(data: Data, options: SolverOptions, warm: Guess | None) -> Point:  # n
         "phase_one_iterations": interior.iterations.to(path.t.dtype),
     }
     return point
+
+
+def _judge(data: Data, own: Options, begun: Tensor, path: PathPoint) -> Point:
+    """The point that the end of the path shows: the exact one with polish, the barrier point itself without."""
+    y = torch.where(begun.unsqueeze(-1), multipliers(data, path), 0.0)
+    guess = guess_at(data, path.z, torch.nan_to_num(y))
+    return _confirm(data, guess) if own.polish else _final(data, guess)
 
 
 def _confirm(data: Data, guess: Guess) -> Point:
@@ -130,7 +155,14 @@ def unroll(data: Data, options: SolverOptions) -> Unrolling:
 
 
 def follow(
-    data: Data, start: PathPoint, is_inside: Tensor, last_t: Tensor, options: SolverOptions, *, mu: float
+    data: Data,
+    start: PathPoint,
+    is_inside: Tensor,
+    last_t: Tensor,
+    options: SolverOptions,
+    *,
+    mu: float,
+    spent: Tensor | None = None,
 ) -> tuple[PathPoint, Tensor, Tensor]:
     """Follow the central path until t reaches `last_t` and the point is centred there.
 
@@ -141,13 +173,15 @@ def follow(
         last_t: `(B,)`.
         options: Bound on Newton steps, and who asks to stop.
         mu: Factor by which t grows.
+        spent: `(B,)`, Newton steps that count towards the bound already.
 
     Returns:
         Where the paths ended, Newton steps of each problem, and which reached their end, `(B,)`.
     """
     point = start
     iterations = torch.zeros(data.B, dtype=torch.int64, device=is_inside.device)
-    is_done, is_over = torch.zeros_like(is_inside), ~is_inside
+    spent = iterations if spent is None else spent
+    is_done, is_over = torch.zeros_like(is_inside), ~is_inside | (spent >= options.max_iterations)
     while not bool(is_over.all()):
         if options.should_stop():
             raise Stopped
@@ -156,12 +190,17 @@ def follow(
         is_done = is_done | (~is_over & ~stuck & is_at_end(moved, point, last_t))
         point = point.where(is_over | stuck, sharpen(moved, mu=mu, last_t=last_t))
         iterations = iterations + (~is_over).to(iterations.dtype)
-        is_over = is_over | stuck | is_done | (iterations >= options.max_iterations)
+        is_over = is_over | stuck | is_done | (spent + iterations >= options.max_iterations)
     return point, iterations, is_done
 
 
 def _start(data: Data, own: Options, z: Tensor) -> PathPoint:
     return PathPoint.at(data, z, z.new_full((data.B,), own.t0))
+
+
+def _size(data: Data, z: Tensor) -> Tensor:
+    """Size of the objective's terms, `(B,)`."""
+    return (z.abs() * (data.q.abs() + matvec(data.Q, z).abs())).sum(-1).clamp(min=torch.finfo(z.dtype).tiny)
 
 
 def _last_t(data: Data, own: Options) -> Tensor:

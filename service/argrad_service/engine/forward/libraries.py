@@ -3,7 +3,8 @@
 A library's call on one problem is a *session*'s: each thread opens one, so that what problems share (a symbolic
 factorisation, a whole model) is set up once a thread. The threads take the problems one by one; between two of them,
 and inside a session that can, the caller's wish to stop is heard. A library's answer is approximate: its active set is
-confirmed by `point.confirm`, its claim that there is no solution by a certificate (`verdicts`).
+confirmed by `point.confirm`, its claim that there is no solution by a certificate (`verdicts`). A linear program is
+given to it in units in which costs and right-hand sides are about one, for the libraries' tolerances are absolute.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -141,6 +142,9 @@ def solve_batch(
     """
     if options.should_stop():
         raise Stopped
+    if data.is_linear:
+        data, z_unit, y_unit = _in_units(data)
+        warm = warm if warm is None else replace(warm, z=warm.z / z_unit, y=warm.y / y_unit)
     is_convex = torch.ones(1, dtype=torch.bool) if data.is_linear else factor_convex(data.Q)[2]
     is_convex = is_convex.expand(data.B)
     arrays = Arrays(
@@ -157,7 +161,21 @@ def solve_batch(
         # A claim without a certificate, and a solution that is none, are both a failure of the library's numerics.
         is_out = claim == CODE[Status.MAX_ITERATIONS]
         classify(data, point, options, otherwise=torch.where(is_out, claim, CODE[Status.NUMERICAL_ERROR]))
+    if data.is_linear:
+        point.z, point.y = point.z * z_unit, point.y * y_unit
     return point
+
+
+def _in_units(data: Data) -> tuple[Data, Tensor, Tensor]:
+    """A linear program with costs and right-hand sides of the size of one, and the same rows.
+
+    Returns:
+        The program, and the units `(B, 1)` of its z and of its multipliers.
+    """
+    length = torch.linalg.vector_norm(data.C, dim=2)
+    reach = torch.where(length > 0, data.d.abs() / length.clamp(min=torch.finfo(length.dtype).tiny), 0.0)
+    z_unit, y_unit = (torch.where(size > 0, size, 1.0).unsqueeze(-1) for size in (inf_norm(reach), inf_norm(data.q)))
+    return replace(data, q=data.q / y_unit, d=data.d / z_unit), z_unit, y_unit
 
 
 def _run(arrays: Arrays, chosen: list[int], options: SolverOptions, open_session: OpenSession) -> dict[int, Answer]:
@@ -211,6 +229,8 @@ def _finish(
             base.active[i], has_basis[i] = torch.from_numpy(answer.active), True
         claim[i], base.iterations[i], is_late[i] = CODE[answer.status], answer.iterations, float(answer.ran_out_of_time)
     base.y[:, data.p :].clamp_(min=0)
+    if data.is_linear:
+        base.y[(data.q == 0).all(-1)] = 0.0
     guess = guess_at(data, base.z, base.y)
     # Where all multipliers are zero, those that the library left there are large beside each other only.
     terms = (matvec(data.Q, base.z), data.q, matvec_t(data.C, base.y))
