@@ -69,6 +69,7 @@ def read_report(document: ReportDocument, tensors: TensorMap, timings_ms: dict[s
     return Report(
         solver=document.solver,
         method=document.method,
+        method_options=document.method_options or {},
         flags=flags,
         measures=numbers,
         timings_ms=timings_ms,

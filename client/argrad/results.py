@@ -23,6 +23,7 @@ class Report:
     Args:
         solver: Solver that ran.
         method: Differentiation method that ran, if one did.
+        method_options: Options of that method with which it ran, by name: defaults included, null ones not.
         flags: What else is to be known of each problem (see `argrad.Flag`).
         iterations: Iterations of each problem.
         primal_residual: max(‖Az − b‖∞, ‖(Gz − h)₊‖∞).
@@ -43,6 +44,7 @@ class Report:
     objective: Float[Tensor, "*batch"] | None = None
     measures: Blocks = field(default_factory=dict)
     timings_ms: dict[str, float] = field(default_factory=dict)
+    method_options: dict[str, bool | float | str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

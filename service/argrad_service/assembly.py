@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -126,11 +126,9 @@ def report(form: Form, forward: Outcome, differentiated: Backward | Tangents | N
         for found, others in zip(flags, more, strict=False):
             found += [flag.value for flag in others if flag.value not in found]
     # What is written here needs no check, and a batch may be thousands.
-    known = {
-        "solver": forward.solver,
-        "method": None if differentiated is None else differentiated.method,
-        "flags": flags[0] if form.batch_size is None else flags,
-    }
+    known: dict[str, Any] = {"solver": forward.solver, "flags": flags[0] if form.batch_size is None else flags}
+    if differentiated is not None:
+        known |= {"method": differentiated.method, "method_options": dict(differentiated.method_options) or None}
     return _REPORT.model_copy(update=known)
 
 

@@ -51,6 +51,16 @@ class TestResults:
         assert result.adjoint["z"].tolist() == pytest.approx([-0.25, 0.25])
         assert set(result.adjoint) == {"z", "nu", "mu"}
 
+    def test_the_report_has_the_options_of_the_method(self, local: Client) -> None:
+        options = Options(
+            solver="pdipm", method="smoothed", method_options={"smoothing": "random", "seed": 3, "samples": 5}
+        )
+        result = local.solve(QP, options=options, upstream=G1)
+        wanted = {"smoothing": "random", "seed": 3, "samples": 5, "sigma": 0.1}
+        assert result.report.method_options == wanted
+        assert local.vjp(local.solve(QP, options=options), G1, options=options).report.method_options == wanted
+        assert local.solve(QP, upstream=G1).report.method_options == {}
+
     @pytest.mark.parametrize("by", ["state", "point"])
     def test_vjp(self, local: Client, by: str) -> None:
         at: argrad.Point = local.solve(QP)

@@ -73,6 +73,33 @@ def test_a_batch_is_solved_and_judged():
     assert out["report.iterations"].dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "reported"),
+    [
+        ("smoothed", {"smoothing": "barrier", "t": 10.0, "tau": 3.0}, {"smoothing": "barrier", "t": 10.0}),
+        ("smoothed", {}, {"smoothing": "barrier"}),
+        ("smoothed", {"smoothing": "quadratic"}, {"smoothing": "quadratic", "gamma": 0.01}),
+        (
+            "smoothed",
+            {"smoothing": "random", "seed": 7, "samples": 9},
+            {"smoothing": "random", "sigma": 0.1, "samples": 9, "seed": 7},
+        ),
+        ("bpqp", {}, {"backend": "direct", "tolerance": 1e-8, "rho": 1e6, "max_iterations": 1000}),
+        ("kkt", {}, None),
+    ],
+)
+def test_the_reply_says_with_which_options_it_was_differentiated(method: str, given: dict[str, Any], reported: Any):
+    """A smoothed gradient is another for each smoothing, and a random one for each seed."""
+    operations, problem = make(), projection((-1, 2), (-3, -0.5))
+    choice = {"differentiation": DifferentiationDocument(method=method, options=given)}
+    upstream = {"upstream.z": tensor([1, 2], [3, 4])}
+    at_once, _ = solve(operations, problem | upstream, solver=SolverDocument(name="pdipm"), **choice)
+    kept, _ = solve(operations, problem, solver=SolverDocument(name="pdipm"))
+    by_state, _ = vjp(operations, upstream, state=kept.state, **choice)
+    assert at_once.report.method_options == by_state.report.method_options == reported
+    assert kept.report.method_options is None
+
+
 def test_without_a_batch_nothing_in_the_reply_has_one():
     tensors = projection((-1, 2))
     tensors["problem.q"] = tensors["problem.q"][0]

@@ -212,7 +212,7 @@ class RegisteredReply(Message):
     tensors: dict[str, TensorDocument]
 
 
-REPORT_NAMES = frozenset({"solver", "method", "flags"})
+REPORT_NAMES = frozenset({"solver", "method", "method_options", "flags"})
 
 
 class ReportDocument(Message):
@@ -224,11 +224,13 @@ class ReportDocument(Message):
     Args:
         solver: Solver that ran.
         method: Differentiation method that ran; absent if none did.
+        method_options: With which options it ran, defaults included; absent if it has none.
         flags: Of each problem: `degenerate`, `dependent`, `nonunique`, `regularised`, …
     """
 
     solver: str
     method: str | None = None
+    method_options: OwnOptions | None = None
     flags: list[list[str]] | list[str] = Field(default_factory=list, union_mode="left_to_right")
 
 

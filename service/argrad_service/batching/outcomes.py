@@ -168,6 +168,7 @@ def of_whole(backward: Backward, counts: Sequence[int], frames: Sequence[Frame])
             flags=backward.flags[start:stop],
             method=backward.method,
             measures=measures[i],
+            method_options=backward.method_options,
         )
         parts.append(part)
         start = stop

@@ -167,7 +167,8 @@ def vjp(
     if not isinstance(forward, Forward):
         return cast("Backward", _sparse().vjp(forward, upstream, method=method, options=options))
     chosen, own = find_method(method, forward, options)
-    return chosen.module.vjp(forward, upstream, own)
+    found = chosen.module.vjp(forward, upstream, own)
+    return replace(found, method_options=own.in_use()) if chosen.module.Options.model_fields else found
 
 
 def jvp(
@@ -191,7 +192,8 @@ def jvp(
     if not isinstance(forward, Forward):
         return cast("Tangents", _sparse().jvp(forward, tangents, method=method, options=options))
     chosen, own = find_method(method, forward, options, is_jvp=True)
-    return chosen.module.jvp(forward, tangents, own)
+    found = chosen.module.jvp(forward, tangents, own)
+    return replace(found, method_options=own.in_use()) if chosen.module.Options.model_fields else found
 
 
 def solvers() -> list[dict[str, Any]]:

@@ -33,6 +33,10 @@ class OwnOptions(BaseModel):
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    def in_use(self) -> dict[str, bool | float | str]:
+        """The options that had a say, by name, for the report; without those that are null."""
+        return self.model_dump(exclude_none=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions:

@@ -118,6 +118,7 @@ class Backward:
         flags: What else is to be known of each problem's gradient.
         method: Name of the differentiation method that ran.
         measures: What else the method measured, `(B,)` each, on the CPU.
+        method_options: With which it ran, by name; defaults included.
     """
 
     adjoint: Adjoint
@@ -125,6 +126,7 @@ class Backward:
     flags: tuple[tuple[Flag, ...], ...]
     method: str
     measures: Mapping[str, Tensor] = field(default_factory=dict)
+    method_options: Mapping[str, bool | float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,3 +138,4 @@ class Tangents:
     flags: tuple[tuple[Flag, ...], ...]
     method: str
     measures: Mapping[str, Tensor] = field(default_factory=dict)
+    method_options: Mapping[str, bool | float | str] = field(default_factory=dict)

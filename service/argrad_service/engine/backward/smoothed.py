@@ -80,6 +80,11 @@ class Options(OwnOptions):
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Of the perturbations, which all problems share: the same seed gives the same gradient."""
 
+    def in_use(self) -> dict[str, bool | float | str]:
+        """The smoothing, and its own parameters; the t that was taken where none was given is a measure."""
+        own = {"barrier": {"t"}, "quadratic": {"gamma"}, "entropy": {"tau"}, "random": {"sigma", "samples", "seed"}}
+        return self.model_dump(include={"smoothing"} | own[self.smoothing], exclude_none=True)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Smoothed:
