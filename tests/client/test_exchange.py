@@ -114,6 +114,13 @@ def test_retry_after_is_honoured() -> None:
     assert 2.0 <= slept[0] <= 2.1
 
 
+def test_who_is_told_to_come_back_in_a_second_comes_within_half_a_second_of_it() -> None:
+    soon = problem_reply(503, "not-ready", {"retry-after": "1"})
+    draws = [run(*[soon] * 8, OK)[1] for _ in range(60)]
+    assert all(1.0 <= slept <= 1.5 for each in draws for slept in each)
+    assert max(each[-1] for each in draws) > 1.4
+
+
 def test_gives_up_after_the_last_retry_with_the_last_failure() -> None:
     with pytest.raises(argrad.OverloadedError) as caught:
         run(CUT, CUT, BUSY, policy=RetryPolicy(retries=2))

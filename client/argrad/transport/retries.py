@@ -31,6 +31,8 @@ class RetryPolicy:
     def delay(self, attempt: int, retry_after_s: float | None) -> float:
         """Seconds to wait after attempt number `attempt`, counted from zero."""
         longest = min(self.max_delay_s, self.first_delay_s * 2.0 ** min(attempt, 30))
+        if retry_after_s:  # who names the moment wants callers apart, and not late
+            longest = min(longest, 0.5 * retry_after_s)
         return (retry_after_s or 0.0) + random.uniform(0.0, longest)  # noqa: S311 - jitter, not a secret
 
 
