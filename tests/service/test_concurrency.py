@@ -322,10 +322,11 @@ def test_a_head_that_never_ends_loses_its_connection(url: str, http: httpx.Clien
 @pytest.mark.parametrize(
     ("sent", "found"),
     [
-        (b"hello\r\n\r\n", "Invalid HTTP request received."),
+        (b"hello\r\n\r\n", "Invalid method encountered"),
+        (b"GET http://[ HTTP/1.1\r\nhost: localhost\r\n\r\n", "invalid url b'http://['"),
         (b"GET / HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"a" * 70_000, "more than 65536 bytes of headers"),
     ],
-    ids=["no HTTP", "an endless head"],
+    ids=["no HTTP", "no target", "an endless head"],
 )
 def test_what_is_no_request_is_a_problem_too(url: str, http: httpx.Client, sent: bytes, found: str):
     with connect(url) as connection:

@@ -1,7 +1,8 @@
-"""uvicorn's protocol with bounds on the head of a request, and replies in one write.
+"""uvicorn's protocol with bounds on the head of a request, replies in one write, and bodies beside an `Upgrade`.
 
 uvicorn leaves heads open for ever and without end, and writes head and body of a reply one after the other: the first
-write wakes the client, which then waits for the second.
+write wakes the client, which then waits for the second. It loses the body of a request that offers another protocol, as
+Java's `HttpClient` does on every plain connection (`Upgrade: h2c`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import secrets
 from typing import Any, ClassVar
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from argrad_service.http.envelope import FIXED_HEADERS, REQUEST_ID
@@ -18,6 +20,8 @@ from argrad_service.scheduling import Overloaded
 
 MAX_HEAD_BYTES = 64 * 1024
 """Longest head of a request; 256 released tokens take ten thousand."""
+MAX_SHOWN = 200
+"""Most characters of the parser's complaint, which may quote the target of the request."""
 
 
 class OneWrite:
@@ -73,6 +77,7 @@ class GuardedProtocol(HttpToolsProtocol):
     _reply_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _is_in_message = False
+    _is_again = False
 
     @classmethod
     def with_bounds(
@@ -119,15 +124,60 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a head that is not complete."""
-        super().data_received(data)
+        """Parse, and count the bytes of a head that is not complete."""
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._head_timer is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response(f"more than {MAX_HEAD_BYTES} bytes of headers")
 
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser; one that stops for an offer of another protocol is replaced by one that goes on."""
+        rest = memoryview(data)
+        while True:
+            try:
+                self.parser.feed_data(rest)
+            except httptools.HttpParserUpgrade as stop:
+                rest = rest[stop.args[0] :]
+                self._decline_upgrade()
+            except httptools.HttpParserError as error:
+                cause = error.__context__ if isinstance(error.__context__, httptools.HttpParserError) else error
+                found = str(cause)[:MAX_SHOWN]
+                self.logger.warning("Invalid HTTP request received: %s", found)
+                self.send_400_response(found)
+                return
+            else:
+                return
+
+    def _decline_upgrade(self) -> None:
+        """Take a new parser past the same head, without the offer.
+
+        The old one takes what follows for the other protocol. The new one is told how the body ends, and nothing else.
+        """
+        kept = [b": ".join(pair) for pair in self.headers if pair[0] in {b"content-length", b"transfer-encoding"}]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+        self._is_again = True
+        try:
+            self.parser.feed_data(b"\r\n".join([b"POST / HTTP/1.1", *kept, b"", b""]))
+        finally:
+            self._is_again = False
+
+    def on_url(self, url: bytes) -> None:
+        """Note a part of the target."""
+        if not self._is_again:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Note a header."""
+        if not self._is_again:
+            super().on_header(name, value)
+
     def on_message_begin(self) -> None:
         """Start the clock: the first byte of a request came."""
+        if self._is_again:
+            return
         if self._head_timer is None:
             self._start_clock()
         self._is_in_message = True
@@ -135,12 +185,16 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Stop the clock: the head is there."""
+        if self._is_again:
+            return
         self._stop_clock()
         self._idle.pop(self, None)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """Note that the body has come to its end."""
+        """Note that the body has come to its end, unless the parser says so because it stops for an upgrade."""
+        if self.parser.should_upgrade():
+            return
         self._is_in_message = False
         super().on_message_complete()
 
