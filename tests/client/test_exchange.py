@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import re
+import ssl
 import threading
 from typing import Any
 
@@ -23,6 +24,15 @@ NOT_READY = problem_reply(503, "not-ready")
 CUT = httpx.RemoteProtocolError("peer closed connection")
 
 
+def no_tls_here() -> ssl.SSLError:
+    """What OpenSSL says of an answer in plain HTTP."""
+    inward, outward = ssl.MemoryBIO(), ssl.MemoryBIO()
+    inward.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    with pytest.raises(ssl.SSLError) as caught:
+        ssl.create_default_context().wrap_bio(inward, outward, server_hostname="host").do_handshake()
+    return caught.value
+
+
 def run(
     *outcomes: httpx.Response | Exception | None,
     timeout_s: float | None = 60.0,
@@ -30,6 +40,7 @@ def run(
     budget: RetryBudget | None = None,
     clock: FakeClock | None = None,
     takes_s: float = 0.0,
+    targets: Targets | None = None,
 ) -> tuple[bytes, list[float], list[float | None]]:
     """Body of the reply, seconds slept before each retry, and seconds left at each attempt; the last outcome stays."""
     clock = clock or FakeClock()
@@ -54,7 +65,7 @@ def run(
     steps = exchange(
         request,
         affinity=None,
-        targets=Targets([parse_address("http://host")], clock),
+        targets=targets or Targets([parse_address("http://host")], clock),
         deadline=Deadline(timeout_s, clock),
         policy=policy or RetryPolicy(),
         budget=budget or RetryBudget(clock),
@@ -99,6 +110,63 @@ def test_tries_again(failure: httpx.Response | Exception) -> None:
 def test_never_tries_again(failure: httpx.Response | Exception, wanted: type[Exception]) -> None:
     with pytest.raises(wanted):
         run(failure, OK)
+
+
+def tls_failure(cause: Exception) -> httpx.ConnectError:
+    failure = httpx.ConnectError(str(cause))
+    failure.__cause__ = cause
+    return failure
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        pytest.param(ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed"), id="refused"),
+        pytest.param(no_tls_here(), id="no-tls"),
+    ],
+)
+def test_tls_that_never_was_there_is_not_waited_for(cause: Exception) -> None:
+    clock = FakeClock()
+    with pytest.raises(argrad.ConnectionFailedError, match=re.escape(f"http://host: ConnectError: {cause}")):
+        run(tls_failure(cause), OK, clock=clock)
+    assert clock.slept == []
+
+
+def test_other_failures_of_tls_are_waited_for() -> None:
+    body, slept, _ = run(tls_failure(ssl.SSLEOFError(8, "EOF occurred in violation of protocol")), OK)
+    assert (body, len(slept)) == (b"fine", 1)
+
+
+def test_a_certificate_that_was_good_once_is_waited_for() -> None:
+    answered = Targets([parse_address("http://host")], FakeClock())
+    answered.answered(answered.all[0])
+    refused = tls_failure(ssl.SSLCertVerificationError(1, "certificate verify failed: certificate has expired"))
+    body, slept, _ = run(refused, OK, targets=answered)
+    assert (body, len(slept)) == (b"fine", 1)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        pytest.param(
+            problem_reply(404, "not-found"), "POST /v1/solve at http://host: detail of not-found (HTTP 404", id="404"
+        ),
+        pytest.param(
+            httpx.Response(404, content=b"<html>"),
+            "POST /v1/solve at http://host: the reply is not a problem document: '<html>' (HTTP 404",
+            id="another-server",
+        ),
+        pytest.param(
+            httpx.Response(308, headers={"location": "https://host/v1/solve"}),
+            "POST /v1/solve at http://host: redirected to 'https://host/v1/solve', which is not followed: "
+            "give the address that is meant (HTTP 308",
+            id="redirect",
+        ),
+    ],
+)
+def test_what_no_service_of_ours_answers_names_what_was_called(reply: httpx.Response, message: str) -> None:
+    with pytest.raises(argrad.ProtocolError, match=re.escape(message)):
+        run(reply)
 
 
 def test_delays_double_and_are_drawn_from_nothing_to_their_bound() -> None:

@@ -267,7 +267,8 @@ def read_document(answer: Answer) -> dict[str, Any]:
 
 def _unreadable(words: str, answer: Answer) -> ProtocolError:
     request_id = answer.headers.get("x-request-id")
-    return ProtocolError(f"the reply cannot be read: {words}", status_code=answer.status_code, request_id=request_id)
+    what = "the reply" if answer.request is None else f"the reply of {answer.request.method} {answer.request.url}"
+    return ProtocolError(f"{what} cannot be read: {words}", status_code=answer.status_code, request_id=request_id)
 
 
 def _identifier(field: str, value: str) -> bytes:

@@ -22,7 +22,7 @@ from argrad.errors import (
     ServiceError,
     UnavailableError,
 )
-from argrad.transport.failures import TRANSIENT, failure_from_httpx, failure_from_reply
+from argrad.transport.failures import TRANSIENT, failure_from_httpx, failure_from_reply, is_misdirected
 from argrad.transport.retries import Clock, RetryBudget, RetryPolicy
 from argrad.transport.targets import Target, Targets
 
@@ -86,12 +86,13 @@ class Pause:
 
 @dataclass(eq=False)
 class Answer:
-    """A reply, read to its end, and which of the client's addresses it came from."""
+    """A reply, read to its end, from which of the client's addresses, and, if it is a result, to what request."""
 
     status_code: int
     headers: Mapping[str, str]
     body: bytes | bytearray | memoryview
     target: int = 0
+    request: Outgoing | None = None
 
 
 Steps = Generator[Send | Pause, Answer | None, Answer]
@@ -157,8 +158,9 @@ def exchange(
         if target is None:
             now = yield from _wait(now, cast("ArgradError", failure), targets, deadline, policy, budget)
             continue
+        outgoing = request(target, deadline.remaining())
         try:
-            answer = cast("Answer", (yield Send(request(target, deadline.remaining()), deadline)))
+            answer = cast("Answer", (yield Send(outgoing, deadline)))
         except httpx.HTTPError as error:
             failure = failure_from_httpx(error, target.where)
             failure.__cause__ = error
@@ -169,9 +171,10 @@ def exchange(
             if answer.status_code in (200, 201):
                 targets.answered(target)
                 budget.answered(is_paid=now.is_paid)
-                answer.target = target.index
+                answer.target, answer.request = target.index, outgoing
                 return answer
-            failure = failure_from_reply(answer.status_code, answer.headers, answer.body)
+            where = f"{outgoing.method} {outgoing.url.path} at {target.where}"
+            failure = failure_from_reply(answer.status_code, answer.headers, answer.body, where)
             if isinstance(failure, UnavailableError):
                 target.has_answered = True
                 targets.failed(target, rest_s=failure.retry_after_s)
@@ -194,7 +197,7 @@ def _wait(
     if past.number:
         failure.add_note(f"so it was after {past.number + 1} rounds of attempts, {elapsed_s:.1f} s after the first")
     is_unknown = isinstance(failure, ConnectionFailedError) and not targets.have_answered
-    if is_unknown and elapsed_s >= policy.first_contact_s:
+    if is_unknown and (elapsed_s >= policy.first_contact_s or (len(past.tried) == 1 and is_misdirected(failure))):
         raise failure
     if policy.retries is not None and past.number >= policy.retries:
         raise failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import ssl
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,10 +71,12 @@ TRANSIENT = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout
 """The connection failed, and another attempt may not: every call is pure, so repeating it is safe."""
 
 _SHOWN_BYTES = 200
+_NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"})
+"""What OpenSSL says of an answer that is not TLS."""
 
 
 def failure_from_reply(
-    status_code: int, headers: Mapping[str, str], body: bytes | bytearray | memoryview
+    status_code: int, headers: Mapping[str, str], body: bytes | bytearray | memoryview, where: str = ""
 ) -> ArgradError:
     """The exception that a reply other than 200 stands for.
 
@@ -81,10 +84,13 @@ def failure_from_reply(
         status_code: HTTP status.
         headers: Of the reply; `X-Request-ID` and `Retry-After` are read.
         body: A problem document (RFC 9457), or whatever a proxy wrote.
+        where: What was called, named where the address may be the wrong one.
     """
     document = _problem_document(body)
     problem_type = str(document.get("type", "about:blank"))
-    message = str(document.get("detail") or document.get("title") or _shown(body))
+    message = str(document.get("detail") or document.get("title") or _shown(status_code, headers, body))
+    if where and ERROR_BY_TYPE.get(problem_type, ProtocolError) is ProtocolError:
+        message = f"{where}: {message}"
     request_id = headers.get("x-request-id")
     error = ERROR_BY_TYPE.get(problem_type) or _by_status(status_code)
     if error is ProblemError:
@@ -121,6 +127,20 @@ def failure_from_httpx(error: httpx.HTTPError, where: str) -> ArgradError:
     return ConnectionFailedError(words)
 
 
+def is_misdirected(failure: ArgradError) -> bool:
+    """Whether TLS failed in a way that no waiting mends: the certificate is refused, or the other end speaks no TLS.
+
+    Args:
+        failure: Made by `failure_from_httpx`, or anything else.
+    """
+    cause: BaseException | None = failure
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            return isinstance(cause, ssl.SSLCertVerificationError) or getattr(cause, "reason", None) in _NO_TLS
+        cause = cause.__cause__
+    return False
+
+
 def _by_status(status_code: int) -> type[ArgradError]:
     default = InternalServiceError if status_code >= 500 else ProtocolError
     return _ERROR_BY_STATUS.get(status_code, default)
@@ -145,7 +165,10 @@ def _problem_document(body: bytes | bytearray | memoryview) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _shown(body: bytes | bytearray | memoryview) -> str:
+def _shown(status_code: int, headers: Mapping[str, str], body: bytes | bytearray | memoryview) -> str:
+    location = headers.get("location")
+    if 300 <= status_code < 400 and location:
+        return f"redirected to {location[:_SHOWN_BYTES]!r}, which is not followed: give the address that is meant"
     text = bytes(body[:_SHOWN_BYTES]).decode("utf-8", "replace").strip()
     return f"the reply is not a problem document: {text!r}" if text else "the reply has no body"
 

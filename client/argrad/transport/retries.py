@@ -21,6 +21,7 @@ class RetryPolicy:
             to the bound, so that calls that failed together do not come back together.
         max_delay_s: Bound on that bound: a service that is back is found by then. A longer Retry-After is honoured.
         first_contact_s: For how long connections may fail where no service ever answered: the address may be wrong.
+            Where TLS says that it is, there is no wait.
     """
 
     retries: int | None = None
