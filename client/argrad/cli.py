@@ -24,7 +24,7 @@ from rich.table import Table
 
 from argrad import keys, operations
 from argrad._version import __version__
-from argrad.arguments import LOCAL
+from argrad.arguments import DEFAULT_TIMEOUT_S, LOCAL
 from argrad.bench import run
 from argrad.bench.page import show
 from argrad.bench.plan import Plan, StepKind, options_of
@@ -92,7 +92,7 @@ def solve(
     file: Annotated[Path, typer.Argument(help="Body of POST /v1/solve as JSON; - reads standard input.")],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
-    timeout_s: TimeoutS = 300.0,
+    timeout_s: TimeoutS = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Solve the problem in a JSON file and print the reply as JSON."""
     try:
@@ -105,7 +105,7 @@ def solve(
         return (yield Exchange("solve", request, tensors, operations.call_within(timeout_s, None, None)))
 
     try:
-        with Client(url, api_key=api_key, retries=_RETRIES) as client:
+        with _client_of(url, api_key, timeout_s) as client:
             reply = client.run(steps())
     except ArgradError as error:
         _leave(error)
@@ -117,7 +117,7 @@ def solve(
 def solvers(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """List solvers, what they solve, and how their solutions are differentiated."""
     try:
-        with Client(url, api_key=api_key, retries=_RETRIES) as client:
+        with _client_of(url, api_key) as client:
             rows = client.solvers()["solvers"]
     except ArgradError as error:
         _leave(error)
@@ -186,15 +186,18 @@ def bench(
         _leave(error, status=2)
     try:
         result = run(plan, api_key)
-        text = result.model_dump_json(indent=2)
-        if json_file is not None and str(json_file) != "-":
-            json_file.write_text(text + "\n")
-    except (ArgradError, OSError) as error:
+    except ArgradError as error:
         _leave(error)
+    text = result.model_dump_json(indent=2)
     if str(json_file) == "-":
         typer.echo(text)
     else:
         show(result, Console())
+    if json_file is not None and str(json_file) != "-":
+        try:
+            json_file.write_text(text + "\n")
+        except OSError as error:
+            _leave(error)
     raise typer.Exit(0 if result.steps else 1)
 
 
@@ -242,6 +245,14 @@ def new_key(
 @keys_app.callback()
 def _keys() -> None:
     """Without a callback, a group of one command would be that command."""
+
+
+def _client_of(url: str, api_key: str | None, timeout_s: float = DEFAULT_TIMEOUT_S) -> Client:
+    """A client of the service; leaves where the flags name none."""
+    try:
+        return Client(url, api_key=api_key, timeout_s=timeout_s, retries=_RETRIES)
+    except (ProblemError, MissingExtraError) as error:
+        _leave(error, status=2)
 
 
 def _examine(table: Table, target: str, api_key: str | None, *, is_needed: bool) -> bool:

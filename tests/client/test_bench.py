@@ -282,6 +282,13 @@ def test_a_short_run_on_any_kind_of_connection(fake_url: str, tmp_path: Path):
     assert "the service's /metrics could not be read" in result.stdout
 
 
+def test_a_result_that_cannot_be_written_is_shown_all_the_same(fake_url: str, tmp_path: Path):
+    file = tmp_path / "nowhere" / "result.json"
+    result = bench("--url", fake_url, "--duration", "0.1", "--warmup", "0", "--n", "3", "--json", str(file))
+    assert (result.exit_code, str(file) in result.stderr) == (1, True)
+    assert "closed loop, 8 callers" in " ".join(result.stdout.split())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--callers 3", "--rate 40 --step solve", "--rate 40 --step solve+vjp --batch 2"])
 def test_a_run_against_a_service(service_url: str, tmp_path: Path, flags: str):

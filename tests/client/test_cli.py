@@ -90,6 +90,22 @@ def test_solve_says_what_is_wrong(url: str, tmp_path: Path, body: str, status: i
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        pytest.param(["--timeout-s", "inf"], "timeout_s: found inf, wanted seconds above zero", id="for-ever"),
+        pytest.param(["--timeout-s", "0"], "timeout_s: found 0.0, wanted seconds above zero", id="no-time"),
+        pytest.param(["--url", "host:8000"], "url: found 'host:8000', wanted http://host:port", id="no-scheme"),
+        pytest.param(["--api-key", "a\nb"], "api_key: found nothing, or what a header cannot carry", id="key"),
+    ],
+)
+def test_flags_that_name_no_call_are_refused(tmp_path: Path, flags: list[str], message: str) -> None:
+    (tmp_path / "request.json").write_text(json.dumps(REQUEST))
+    result = run("solve", str(tmp_path / "request.json"), *flags)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"argrad: {message}")
+
+
 def test_solve_without_a_file() -> None:
     result = run("solve", "/nowhere.json")
     assert result.exit_code == 2
