@@ -16,6 +16,7 @@ from argrad.arguments import (
     DEFAULT_TIMEOUT_S,
     LOCAL,
     addresses_of,
+    check_backend,
     check_compression,
     check_registering,
     http_options,
@@ -143,7 +144,7 @@ class AsyncClient:
             options = http_options(addresses_of(target), api_key, retries, compression)
             self._backend = AsyncHttpBackend(options, transport=transport)
         else:
-            self._backend = target
+            self._backend = check_backend(target)
 
     async def solve(
         self,
@@ -161,6 +162,7 @@ class AsyncClient:
         request_id: str | None = None,
     ) -> SolveResult:
         """See `Client.solve`."""
+        operations.check_problem(problem)
         steps = operations.solve(
             problem
             if isinstance(problem, Form)

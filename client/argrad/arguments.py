@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import get_args
+from numbers import Integral
+from typing import TypeVar, get_args
 
 from pydantic import SecretStr
 
@@ -14,7 +15,10 @@ from argrad.registered import Registering
 from argrad.transport.calls import Compression, HttpOptions
 from argrad.transport.retries import RetryPolicy
 
+B = TypeVar("B")
+
 LOCAL = "local"
+_BACKEND_METHODS = ("solve", "vjp", "jvp", "release", "solvers", "close")
 DEFAULT_TIMEOUT_S = 300.0
 
 
@@ -47,7 +51,7 @@ def http_options(
         ProblemError: the API key or the number of retries cannot be one.
         MissingExtraError: what compresses is not installed.
     """
-    if retries is not None and retries < 0:
+    if retries is not None and (isinstance(retries, bool) or not isinstance(retries, Integral) or retries < 0):
         raise ProblemError("retries", str(retries), "0 or more, or None for as many as the deadline allows")
     return HttpOptions(
         urls=urls,
@@ -55,6 +59,18 @@ def http_options(
         policy=RetryPolicy(retries=retries),
         compression=compression,
     )
+
+
+def check_backend(target: B) -> B:
+    """A backend that was given in place of an address, if it is one.
+
+    Raises:
+        ProblemError: it is something else, such as None, or another client.
+    """
+    is_client = hasattr(target, "registry")  # it has methods of these names, with other arguments
+    if is_client or any(not callable(getattr(target, name, None)) for name in _BACKEND_METHODS):
+        raise ProblemError("url", type(target).__name__, "an address, a sequence of addresses, 'local', or a backend")
+    return target
 
 
 def check_registering(value: str) -> None:

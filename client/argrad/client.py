@@ -20,6 +20,7 @@ from argrad.arguments import (
     DEFAULT_TIMEOUT_S,
     LOCAL,
     addresses_of,
+    check_backend,
     check_compression,
     check_registering,
     http_options,
@@ -117,7 +118,7 @@ class Client:
             options = http_options(addresses_of(target), api_key, retries, compression)
             self._backend = HttpBackend(options, transport=transport)
         else:
-            self._backend = target
+            self._backend = check_backend(target)
         self.fetches_ahead = prefetch and isinstance(self._backend, HttpBackend)
         self._direct: DirectBackend | None = None
         if target == LOCAL and observer is None and isinstance(self._backend, DirectBackend):
@@ -157,6 +158,7 @@ class Client:
             ProblemError: the problem, a cotangent or an option is wrong; nothing was sent, or nothing was solved.
             SolveError: a problem has no solution, and `check` is set.
         """
+        operations.check_problem(problem)
         steps = operations.solve(
             problem
             if isinstance(problem, Form)

@@ -242,6 +242,8 @@ def _solve(
     request_id: str | None,
     warm_start: WarmStart | None,
 ) -> Blocks:
+    if not isinstance(client, Client):
+        raise ProblemError("client", type(client).__name__, "argrad.Client(…)")
     present = _present(given)
     is_sparse_problem = kind == "qp" and is_sparse(present)
     if torch.compiler.is_compiling() and not is_sparse_problem:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Real
 from typing import Literal, cast
 
 import torch
@@ -42,6 +43,7 @@ from argrad.wire.messages import (
 
 Name = Literal["solve", "vjp", "jvp", "register"]
 
+_LONGEST_S = 1e8
 _ITERATED = ("altdiff", "unrolled")
 """Methods that differentiate the iterations of the solver, not the conditions at its solution."""
 
@@ -146,13 +148,52 @@ def call_within(default_s: float | None, timeout_s: float | None, request_id: st
 
 
 def check_timeout(timeout_s: float | None) -> None:
-    """Refuse a deadline that no call could meet.
+    """Refuse a deadline that no call could meet, or no clock can tell.
 
     Raises:
-        ProblemError: zero, negative or not a number.
+        ProblemError: zero, negative, not a number, or more than three years.
     """
-    if timeout_s is not None and not timeout_s > 0:
-        raise ProblemError("timeout_s", repr(timeout_s), "seconds above zero, or None for no limit")
+    if timeout_s is None:
+        return
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, Real) or not 0 < timeout_s <= _LONGEST_S:
+        raise ProblemError("timeout_s", repr(timeout_s), "seconds above zero, at most 1e8, or None for no limit")
+
+
+def check_problem(problem: object) -> None:
+    """Refuse what is no problem.
+
+    Raises:
+        ProblemError: it is something else.
+    """
+    if not isinstance(problem, QP | Form):
+        raise ProblemError("problem", type(problem).__name__, "argrad.QP(…), or argrad.problems.parse(kind, tensors)")
+
+
+def _check_kinds(options: object, **tensors: object) -> None:
+    """Refuse options that are none, and tensors that have no names."""
+    if not isinstance(options, Options):
+        raise ProblemError("options", type(options).__name__, "argrad.Options(…)")
+    for name, given in tensors.items():
+        if given is not None and not isinstance(given, Mapping):
+            raise ProblemError(name, type(given).__name__, "tensors by name, such as {'z': tensor}")
+
+
+def _check_point(point: object) -> None:
+    if not isinstance(point, Point):
+        raise ProblemError("at", type(point).__name__, "the result of a solve, or argrad.Point(…)")
+
+
+def _parts_wanted(form: Form, wrt: Collection[str]) -> list[str]:
+    """Parameters whose gradients are wanted, by the names that the wire has.
+
+    Raises:
+        ProblemError: they are no sequence of names, or one of them is not of the problem.
+    """
+    if isinstance(wrt, str):
+        raise ProblemError("wrt", repr(wrt), f"names in a sequence, of {', '.join(form.names)}")
+    parts = part_names(form, wrt)
+    check_names("wrt", parts, form.names)
+    return parts
 
 
 def solve(
@@ -174,11 +215,11 @@ def solve(
 
     `learned` parameters are by default those that say so themselves; `fits` says that `upstream` needs no check.
     """
+    _check_kinds(options, upstream=upstream, warm_start=None if isinstance(warm_start, Point) else warm_start)
     form = form_of(problem)
     learned = learned_of(form) if learned is None else learned
     if wrt is not None:
-        wrt = part_names(form, wrt)
-        check_names("wrt", wrt, form.names)
+        wrt = _parts_wanted(form, wrt)
     tensors = named("problem", form.parameters)
     if upstream is not None:
         if not fits:
@@ -269,9 +310,10 @@ def vjp_at(
     check: bool,
 ) -> Generator[Exchange, Reply, GradientResult]:
     """Check what a vjp is asked, as the service would, and make it; see `Client.vjp`."""
+    _check_point(point)
+    _check_kinds(options, upstream=upstream)
     if wrt is not None:
-        wrt = part_names(point.problem, wrt)
-        check_names("wrt", wrt, point.problem.names)
+        wrt = _parts_wanted(point.problem, wrt)
     check_upstream(point.problem, upstream, point if isinstance(point, SolveResult) else None)
     result = yield from vjp(
         place_of(point),
@@ -297,6 +339,8 @@ def jvp_at(
     check: bool,
 ) -> Generator[Exchange, Reply, TangentResult]:
     """Check what a jvp is asked, as the service would, and make it; see `Client.jvp`."""
+    _check_point(point)
+    _check_kinds(options, tangents=tangents)
     tangents = as_parts(point.problem, tangents)
     point.problem.tangents(tangents)
     result = yield from jvp(

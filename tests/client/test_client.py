@@ -167,6 +167,33 @@ class TestChecksBeforeSending:
                 id="warm-start",
             ),
             pytest.param(lambda c, r: c.solve(QP, timeout_s=0.0), "timeout_s: found 0.0, wanted seconds", id="timeout"),
+            pytest.param(
+                lambda c, r: c.solve(QP, timeout_s=float("inf")), "timeout_s: found inf, wanted seconds", id="for-ever"
+            ),
+            pytest.param(lambda c, r: c.solve({"q": 1}), "problem: found dict, wanted argrad.QP(…)", id="no-problem"),
+            pytest.param(lambda c, r: c.vjp(None, G1), "at: found NoneType, wanted the result of", id="no-point"),
+            pytest.param(lambda c, r: c.jvp({}, G1), "at: found dict, wanted the result of a solve", id="jvp-no-point"),
+            pytest.param(lambda c, r: c.vjp(r, G1, wrt="Q"), "wrt: found 'Q', wanted names in", id="wrt-text"),
+            pytest.param(
+                lambda c, r: c.solve(QP, upstream=torch.ones(2)),
+                "upstream: found Tensor, wanted tensors by name, such as {'z': tensor}",
+                id="upstream-without-names",
+            ),
+            pytest.param(
+                lambda c, r: c.vjp(r, {"z": [1.0, 0.0]}),
+                "upstream.z: found list, wanted a torch.Tensor",
+                id="upstream-of-lists",
+            ),
+            pytest.param(
+                lambda c, r: c.solve(QP, options={"tolerance": 1e-6}),
+                "options: found dict, wanted argrad.Options(…)",
+                id="options-as-dict",
+            ),
+            pytest.param(
+                lambda c, r: c.solve(QP, warm_start=5),
+                "warm_start: found int, wanted tensors by name",
+                id="warm-start-5",
+            ),
         ],
     )
     def test_refused(self, recorder: Recorder, recorded: Client, call: Any, message: str) -> None:
@@ -190,6 +217,53 @@ class TestChecksBeforeSending:
     def test_what_only_the_service_knows_comes_from_there(self, local: Client) -> None:
         with pytest.raises(argrad.ProblemError, match=r"solver.name: found 'nobody'"):
             local.solve(QP, options=Options(solver="nobody"))
+
+
+class TestArguments:
+    @pytest.mark.parametrize("make", [Client, argrad.AsyncClient, argrad.nn.QPLayer])
+    @pytest.mark.parametrize(
+        ("target", "message"),
+        [
+            (None, "url: found NoneType, wanted an address, a sequence of addresses, 'local', or a backend"),
+            (8000, "url: found int, wanted an address"),
+            (argrad.AsyncClient("http://host"), "url: found AsyncClient, wanted an address"),
+            (
+                "http://host:99999",
+                "url: found 'http://host:99999' (Port out of range 0-65535), wanted http://host:port",
+            ),
+            ("http://host:0", "url: found 'http://host:0' with port 0, wanted http://host:port"),
+        ],
+        ids=["none", "number", "client", "port", "port-0"],
+    )
+    def test_what_is_no_target_is_refused(self, make: Any, target: Any, message: str) -> None:
+        with pytest.raises(argrad.ProblemError, match=re.escape(message)):
+            make(target)
+
+    @pytest.mark.parametrize("make", [Client, argrad.AsyncClient])
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"timeout_s": "3"}, "timeout_s: found '3', wanted seconds above zero, at most 1e8, or None for no limit"),
+            ({"timeout_s": float("nan")}, "timeout_s: found nan, wanted seconds"),
+            ({"timeout_s": 1e9}, "timeout_s: found 1000000000.0, wanted seconds"),
+            ({"timeout_s": True}, "timeout_s: found True, wanted seconds"),
+            ({"retries": 1.5}, "retries: found 1.5, wanted 0 or more"),
+            ({"retries": True}, "retries: found True, wanted 0 or more"),
+        ],
+        ids=["text", "nan", "centuries", "truth", "half-a-retry", "truth-retries"],
+    )
+    def test_what_is_no_number_is_refused(self, make: Any, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(argrad.ProblemError, match=re.escape(message)):
+            make("http://host", **given)
+
+    @pytest.mark.parametrize("solve", [argrad.solve_qp, argrad.solve_lp], ids=["qp", "lp"])
+    def test_functions_want_a_client(self, solve: Any) -> None:
+        with pytest.raises(argrad.ProblemError, match=r"client: found str, wanted argrad.Client\(…\)"):
+            solve("http://host", torch.eye(2, dtype=D), torch.ones(2, dtype=D))
+
+    def test_layers_take_several_addresses(self) -> None:
+        layer = argrad.nn.QPLayer(["http://one", "http://two"])
+        assert repr(layer.client) == "argrad.Client(('http://one', 'http://two'))"
 
 
 class TestLostStates:

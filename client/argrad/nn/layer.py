@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -20,7 +20,7 @@ class ProblemLayer(nn.Module):
     `nn.Parameter`. It pickles and copies; copies share the client.
 
     Args:
-        client: A `Client`, or an address for one of the layer's own: `http://…`, or `local`.
+        client: A `Client`, or an address for one of the layer's own, or several: `http://…`, or `local`.
         solver: A solver of `Client.solvers()`, or `auto`.
         tolerance: Bound on the scaled KKT residuals at which a problem counts as solved.
         max_iterations: Bound on the iterations of one problem.
@@ -42,7 +42,7 @@ class ProblemLayer(nn.Module):
 
     def __init__(
         self,
-        client: Client | str,
+        client: Client | str | Sequence[str],
         *,
         solver: str = "auto",
         tolerance: float = 1e-8,
@@ -74,7 +74,7 @@ class ProblemLayer(nn.Module):
         self.on_failure, self.gradients = on_failure, gradients
         self.timeout_s, self.return_duals = timeout_s, return_duals
         self.warm_start = WarmStart() if warm_start else None
-        self.client = Client(client) if isinstance(client, str) else client
+        self.client = client if isinstance(client, Client) else Client(client)
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""

@@ -93,13 +93,15 @@ def _shapes_wanted(symbols: tuple[str, ...]) -> str:
 
 
 def check_alike(section: str, tensors: Mapping[str, Tensor], reference: tuple[str, Tensor]) -> None:
-    """Refuse tensors whose dtype or device is not the reference's, a parameter of the problem with its name.
+    """Refuse what is no tensor, or has not the dtype and device of the reference, a parameter of the problem by name.
 
     Raises:
         ProblemError: names the tensor.
     """
     owner, model = reference
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ProblemError(f"{section}.{name}", type(tensor).__name__, "a torch.Tensor")
         for what in ("dtype", "device"):
             found, wanted = getattr(tensor, what), getattr(model, what)
             if found != wanted:

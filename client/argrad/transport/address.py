@@ -60,6 +60,7 @@ def parse_address(url: str) -> Address:
     """
     try:
         parts = urlsplit(url)
+        port = parts.port
         parsed = httpx.URL(url)
     except (ValueError, httpx.InvalidURL) as error:
         raise ProblemError("url", f"{url!r} ({error})", _WANTED) from None
@@ -73,4 +74,6 @@ def parse_address(url: str) -> Address:
         return Address(base=httpx.URL("http://localhost"), uds=unquote(parts.path))
     if parts.scheme not in ("http", "https") or not parsed.host:
         raise ProblemError("url", repr(url), _WANTED)
+    if port == 0:
+        raise ProblemError("url", f"{url!r} with port 0", _WANTED)
     return Address(base=parsed)
