@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from argrad_service.scheduling import (
     SolverCrashed,
     Unfinished,
 )
+from argrad_service.scheduling.scheduler import GATHERING_S, QUIET_TURNS
 from tests.service.support import wait_until
 from tests.service.test_scheduling import SOON, Gate, StoppedEarly, deadline, stays
 
@@ -283,26 +285,82 @@ async def test_unfinished_work_gets_another_turn_after_what_waits_by_then():
     assert order == ["piece", "small", "piece", "piece"]
 
 
-async def test_what_one_turn_of_the_loop_brings_goes_together_to_an_idle_thread() -> None:
-    sizes: list[int] = []
+class Sizes:
+    """Sizes of the batches that a scheduler makes."""
 
-    def together(jobs: Sequence[Job[int]], should_stop: Callable[[], bool]) -> list[int]:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, threads: int = 1) -> None:
+        self.found: list[int] = []
+        self.scheduler = Scheduler(threads=threads, max_queue=16, budget=WIDE, clock=clock)
+
+    def submit(self) -> Job[int]:
+        return self.scheduler.submit(self._alone, deadline=1e9, share=share(together=self._together))
+
+    async def __aenter__(self) -> Sizes:
+        self.scheduler.start()
+        await asyncio.sleep(0.05)  # until the threads wait
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.scheduler.stop, SOON)
+
+    def _together(self, jobs: Sequence[Job[int]], should_stop: Callable[[], bool]) -> list[int]:
         assert not should_stop()
-        sizes.append(len(jobs))
+        self.found.append(len(jobs))
         return [0] * len(jobs)
 
-    def alone(job: Job[int]) -> int:
+    def _alone(self, job: Job[int]) -> int:
         assert job.share is not None
-        sizes.append(1)
+        self.found.append(1)
         return 0
 
-    scheduler = Scheduler(threads=2, max_queue=16, budget=WIDE)
-    scheduler.start()
-    try:
+
+async def test_what_one_turn_of_the_loop_brings_goes_together_to_an_idle_thread() -> None:
+    async with Sizes(threads=2) as sizes:
         for calls in (5, 1):
-            await asyncio.sleep(0.05)  # until both threads wait
-            jobs = [scheduler.submit(alone, deadline=deadline(), share=share(together=together)) for _ in range(calls)]
-            assert await asyncio.gather(*(job.future for job in jobs)) == [0] * calls
-    finally:
-        await asyncio.to_thread(scheduler.stop, SOON)
-    assert sizes == [5, 1]
+            await asyncio.gather(*(job.future for job in [sizes.submit() for _ in range(calls)]))
+            await asyncio.sleep(0.05)
+    assert sizes.found == [5, 1]
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_who_had_company_waits_for_the_turns_of_the_loop_that_bring_more() -> None:
+    async with Sizes(Clock()) as sizes:
+        await asyncio.gather(*(job.future for job in (sizes.submit(), sizes.submit())))
+        for calls in (4, 1):
+            jobs = [sizes.submit()]
+            for _ in range(calls - 1):
+                await turns(QUIET_TURNS - 1)
+                jobs.append(sizes.submit())
+            await asyncio.gather(*(job.future for job in jobs))
+            await asyncio.sleep(0.05)
+    assert sizes.found == [2, 4, 1]
+
+
+async def test_who_had_no_company_goes_at_once() -> None:
+    async with Sizes(Clock()) as sizes:
+        for _ in range(2):
+            first = sizes.submit()
+            await turns(1)
+            assert not sizes.scheduler.is_gathering
+            await first.future
+    assert sizes.found == [1, 1]
+
+
+async def test_gathering_ends_however_many_come() -> None:
+    clock = Clock()
+    async with Sizes(clock) as sizes:
+        await asyncio.gather(*(job.future for job in (sizes.submit(), sizes.submit())))
+        jobs = [sizes.submit()]
+        for _ in range(10):
+            await turns(1)
+            if not sizes.scheduler.is_gathering:
+                break
+            clock.now += GATHERING_S / 4
+            jobs.append(sizes.submit())
+        await asyncio.gather(*(job.future for job in jobs))
+    assert sizes.found == [2, len(jobs)]
+    assert 4 <= len(jobs) <= 7

@@ -20,6 +20,13 @@ T = TypeVar("T")
 WATCH_AFTER_S = 0.01
 """A call this quick is not watched for its caller's going: the watch costs more than the call."""
 
+QUIET_TURNS = 3
+"""Turns of the event loop without a new call after which no more are about to come: from a socket that is ready to a
+call in the queue it takes three."""
+
+GATHERING_S = 0.005
+"""For how long calls are gathered at most, where every turn brings more."""
+
 
 class Overloaded(Exception):  # noqa: N818 - a verdict, not a defect
     """There is no room for another call; `retry_after_s` is an estimate of when there will be."""
@@ -61,7 +68,9 @@ class Scheduler:
 
     A thread that is idle takes a job at once; while all are busy jobs wait, and the thread that is free next takes all
     those that can be done together with the first. No timer makes a batch larger: who comes alone goes alone. But calls
-    that one turn of the event loop brings go together: while it turns, no thread could run much Python anyway.
+    that one turn of the event loop brings go together, and where calls had company lately, so do those of the turns
+    that follow as long as these bring more: while the loop turns, no thread could run much Python anyway, and each of
+    the hundred operations of a small solve would wait for its turn.
 
     Args:
         threads: Batches that run at the same time.
@@ -86,7 +95,8 @@ class Scheduler:
         self._threads: set[threading.Thread] = set()
         self._running = self._restarts = 0
         self._last_crash: str | None = None
-        self._is_stopping = self._is_waking = False
+        self._is_stopping = self._is_waking = self._had_company = False
+        self._submitted = 0
         self._drain = Drain(threads, clock)
 
     def start(self) -> None:
@@ -136,13 +146,23 @@ class Scheduler:
             if len(self._queue) >= self._max_queue:
                 raise Overloaded(f"{len(self._queue)} calls wait for the solver, the limit", self.retry_after_s())
             self._queue.push(job, job.submitted_at)
+        self._submitted += 1
         if not self._is_waking:
             self._is_waking = True
-            asyncio.get_running_loop().call_soon(self._wake)
+            asyncio.get_running_loop().call_soon(self._wake, self._submitted, 0, self._clock() + GATHERING_S)
         return job
 
-    def _wake(self) -> None:
-        """Tell an idle thread of the jobs that this turn of the event loop has brought: it takes all of them."""
+    @property
+    def is_gathering(self) -> bool:
+        """Whether idle threads are not told yet of jobs that came. Event loop only."""
+        return self._is_waking
+
+    def _wake(self, submitted: int, quiet_turns: int, until: float) -> None:
+        """Tell idle threads of the jobs that came, unless calls have company and this turn may bring more of them."""
+        quiet_turns = quiet_turns + 1 if submitted == self._submitted else 0
+        if self._had_company and quiet_turns < QUIET_TURNS and self._clock() < until:
+            asyncio.get_running_loop().call_soon(self._wake, self._submitted, quiet_turns, until)
+            return
         self._is_waking = False
         with self._changed:
             self._changed.notify(self._max_threads)
@@ -232,6 +252,7 @@ class Scheduler:
                 if batch is not None:
                     self._tally.count(batch)
                     self._running += len(batch.jobs)
+                    self._had_company = len(batch.jobs) > 1
                     self._drain.begin(id(batch.jobs), len(batch.jobs))
                     return batch
                 was_idle = True
