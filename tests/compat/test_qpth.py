@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import argrad
+import argrad.compat.qpth.qp
 from argrad.client import Client
-from argrad.compat.qpth import QPFunction, QPSolvers
+from argrad.compat.qpth import QPFunction, QPSolvers, SpQPFunction
 from argrad.defaults import default_client
 from tests.client.support import Recorder, assert_close, draw, infeasible
 
@@ -159,6 +160,78 @@ class TestRefusals:
             QPFunction(solver=3)  # type: ignore[arg-type]
         with pytest.raises(argrad.ProblemError, match="shared_gradients: found 'max', wanted one of sum, mean"):
             QPFunction(shared_gradients="max")  # type: ignore[arg-type]
+
+
+def stored(matrix: Tensor) -> Tensor:
+    """Indices of the entries that are not zero in some problem of the batch."""
+    return (matrix != 0).any(0).nonzero().mT
+
+
+def sparse_problem(batch: int, n: int, m: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Patterns by qpth's names, and Q, p, G, h, A, b as dense batches: Q tridiagonal, G bidiagonal, A in two places."""
+    generator = torch.Generator().manual_seed(n)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=D)
+
+    side = torch.diag_embed(normal(batch, n - 1), 1)
+    Q = torch.diag_embed(5 + normal(batch, n).abs()) + side + side.mT
+    G = (torch.diag_embed(normal(batch, n)) + torch.diag_embed(normal(batch, n - 1), -1))[:, :m]
+    A = torch.zeros(batch, 1, n, dtype=D)
+    A[:, 0, 0], A[:, 0, n - 1] = 1.0, 2.0
+    z = normal(batch, n)
+    h = (G @ z.unsqueeze(-1)).squeeze(-1) + 0.1 * normal(batch, m).abs()
+    dense = [Q, 3 * normal(batch, n), G, h, A, (A @ z.unsqueeze(-1)).squeeze(-1)]
+    return {"Qi": stored(Q), "Gi": stored(G), "Ai": stored(A)}, dense
+
+
+class TestSparse:
+    def test_the_signature_is_qpths(self) -> None:
+        names = list(inspect.signature(SpQPFunction).parameters)[:10]
+        assert names == ["Qi", "Qsz", "Gi", "Gsz", "Ai", "Asz", "eps", "verbose", "notImprovedLim", "maxIter"]
+        named = argrad.compat.qpth.qp  # as in `import qpth`
+        assert (named.SpQPFunction, named.QPFunction) == (SpQPFunction, QPFunction)
+
+    @pytest.mark.parametrize("n", [6, 220], ids=["as a dense batch", "one sparse problem after the other"])
+    def test_it_agrees_with_the_dense_layer(self, n: int) -> None:
+        indices, dense = sparse_problem(3, n, n - 2)
+        tensors = leaves(dense)
+        given = [tensors[0][(..., *indices["Qi"])], tensors[1], tensors[2][(..., *indices["Gi"])], tensors[3]]
+        given += [tensors[4][(..., *indices["Ai"])], tensors[5]]
+        values = [t.detach().requires_grad_() for t in given]
+        layer = SpQPFunction(indices["Qi"], (n, n), indices["Gi"], (n - 2, n), indices["Ai"], (1, n), verbose=-1)
+        z, wanted = layer(*values), QPFunction()(*tensors)
+        weights = torch.linspace(-1, 1, 3 * n, dtype=D).reshape(3, n)
+        (z * weights).sum().backward()
+        (wanted * weights).sum().backward()
+        assert_close(z, wanted, 1e-9)
+        for name, value, full in zip(NAMES, values, tensors, strict=True):
+            where = indices.get(f"{name}i")
+            reference = full.grad if where is None else full.grad[(..., *where)]  # type: ignore[index]
+            assert_close(value.grad, reference, 1e-8)  # type: ignore[arg-type]
+
+    def test_gradcheck_with_shared_values_and_an_entry_named_twice(self) -> None:
+        indices, (Q, p, G, h, _, _) = sparse_problem(2, 4, 3)
+        twice = torch.cat([indices["Gi"], indices["Gi"][:, :1]], dim=1)
+        Gv = G[(..., *twice)].clone()
+        Gv[:, 0] *= 0.25
+        Gv[:, -1] *= 0.75
+        none = torch.empty(2, 0, dtype=torch.int64)
+        layer = SpQPFunction(indices["Qi"], (4, 4), twice, (3, 4), none, (0, 4))
+        given = leaves([Q[0][tuple(indices["Qi"])], p, Gv, h])
+        assert_close(layer(*given, NONE, NONE), QPFunction()(Q[0], p, G, h, NONE, NONE), 1e-10)
+        assert gradcheck(lambda *tensors: layer(*tensors, NONE, NONE), given, atol=1e-7)
+
+    def test_refusals(self) -> None:
+        indices, dense = sparse_problem(2, 4, 3)
+        none = torch.empty(2, 0, dtype=torch.int64)
+        with pytest.raises(argrad.ProblemError, match="Gi: found row 2, wanted rows from 0 to 1, as Gsz says"):
+            SpQPFunction(indices["Qi"], (4, 4), indices["Gi"], (2, 4), none, (0, 4))
+        with pytest.raises(argrad.ProblemError, match=r"Qi: found shape \(2, 10\) of torch.float64"):
+            SpQPFunction(indices["Qi"].double(), (4, 4), indices["Gi"], (3, 4), none, (0, 4))
+        layer = SpQPFunction(indices["Qi"], (4, 4), indices["Gi"], (3, 4), none, (0, 4))
+        with pytest.raises(argrad.ProblemError, match=r"Qv: found shape \(2, 4, 4\), wanted \(10,\) or \(nBatch, 10\)"):
+            layer(dense[0], *dense[1:4], NONE, NONE)
 
 
 class TestWhoSolves:

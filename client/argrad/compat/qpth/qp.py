@@ -1,14 +1,4 @@
-"""qpth's `QPFunction`, solved by argrad: change the import, and nothing else.
-
-    from argrad.compat.qpth import QPFunction, QPSolvers        # was: from qpth.qp import QPFunction, QPSolvers
-    z = QPFunction(verbose=False)(Q, p, G, h, A, b)
-
-What differs from qpth, on purpose: a coefficient that the batch shares receives the sum of its gradients, where qpth's
-is their mean; a problem without a solution raises in place of returning the last iterate; solutions are those of the
-exact active set, whatever `eps` says. docs/migrating-from-qpth.md has the list.
-
-The interface is that of qpth 0.0.18 (B. Amos and J. Z. Kolter, OptNet, ICML 2017); the implementation shares nothing.
-"""
+"""The names of `qpth.qp`: `QPFunction`, `QPSolvers` and `SpQPFunction`."""
 
 from __future__ import annotations
 
@@ -20,16 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from argrad.client import Client
-from argrad.defaults import default_client
+from argrad.compat.qpth.options import options_of, who_solves
+from argrad.compat.qpth.sparse import SpQPFunction
 from argrad.errors import ProblemError
 from argrad.functional import solve_qp
-from argrad.options import OnFailure, Options, check_choices
+from argrad.options import OnFailure, check_choices
 from argrad.problems import check_names
 
-__all__ = ["QPFunction", "QPSolvers"]
+__all__ = ["QPFunction", "QPSolvers", "SpQPFunction"]
 
-_FINEST, _COARSEST = 1e-8, 1e-1
-_ITERATIONS, _MOST_ITERATIONS = 100, 10_000
 _RANKS = {"Q": 2, "p": 1, "G": 2, "h": 1, "A": 2, "b": 1}
 
 
@@ -84,11 +73,7 @@ class QPFunction:
         self._check_Q_spd, self._url = check_Q_spd, url
         self._shared_gradients = shared_gradients
         self._on_failure, self._timeout_s = on_failure, timeout_s
-        self._options = Options(
-            solver=solver if isinstance(solver, str) else "auto",
-            tolerance=min(max(eps, _FINEST), _COARSEST),
-            max_iterations=min(max(maxIter, _ITERATIONS), _MOST_ITERATIONS),
-        )
+        self._options = options_of(solver if isinstance(solver, str) else "auto", eps, maxIter)
 
     def __call__(
         self,
@@ -122,7 +107,7 @@ class QPFunction:
                 for name, tensor in given.items()
             }
         z = solve_qp(
-            self._url if isinstance(self._url, Client) else default_client(self._url),
+            who_solves(self._url),
             given.get("Q", Q_),
             given.get("p", p_),
             *(given.get(name) for name in ("G", "h", "A", "b")),
