@@ -18,6 +18,7 @@ from argrad.options import OnFailure, Options
 from argrad.problems import check_finite
 from argrad.problems.form import Blocks
 from argrad.problems.formed import DIMENSIONS_BY_KIND
+from argrad.problems.sparse import Constants
 from argrad.warm import WarmStart
 from argrad.wire.messages import FailedGradients, Gradients
 
@@ -66,6 +67,7 @@ class Recorded:
         call: Deadline, request id and affinity, the same for the derivatives.
         learned: Names of the parameters that need a gradient, or have a tangent; within an autograd Function they no
             longer say so.
+        constants: Of a sparse problem, the matrices, where they are none of the parameters.
         start: Where the solver begins; gets the solution.
         fetches_ahead: Whether the derivative of a small problem is to come with its solution.
         ahead: The derivative, if it came.
@@ -84,6 +86,7 @@ class Recorded:
     on_failure: OnFailure
     call: Call
     learned: frozenset[str] = frozenset()
+    constants: Constants | None = None
     start: WarmStart | None = None
     fetches_ahead: bool = False
     ahead: Ahead | None = None
@@ -133,9 +136,10 @@ class Recorded:
     def place(self, parameters: Sequence[Tensor], solution: Blocks) -> Place:
         """Where derivatives are taken. The state stands for it only if it was solved in this shape."""
         is_same = self.find_batched(parameters) == self.batched
+        given = dict(zip(self.names, parameters, strict=True))
         return Place(
             kind=self.kind,
-            parameters=dict(zip(self.names, parameters, strict=True)),
+            parameters=given if self.constants is None else self.constants.beside(given),
             solution=solution,
             learned=self.learned,
             state=self.state.token if self.state is not None and is_same else None,

@@ -24,7 +24,8 @@ from argrad.errors import GradientError, SolveError
 from argrad.options import OnFailure, Options
 from argrad.problems import check_finite, parse
 from argrad.problems.form import Blocks
-from argrad.problems.sparse import pattern_gradients
+from argrad.problems.sparse import Constants, pattern_gradients
+from argrad.problems.sparse_parsing import parse_beside
 from argrad.problems.sparse_tensors import take_apart
 from argrad.recorded import Recorded, State, after_failure, check_cotangents, fill_rows
 from argrad.results import check_gradients, failed_indices
@@ -76,13 +77,14 @@ def solve_parts(
     client: Client,
     parts: Blocks,
     *,
+    constants: Constants | None = None,
     options: Options,
     gradients: messages.Gradients,
     on_failure: OnFailure,
     timeout_s: float | None,
     request_id: str | None,
 ) -> Blocks:
-    """`differentiable_sparse_solve` of parameters of kind `sparse_qp`, in their order."""
+    """`differentiable_sparse_solve` of parameters of kind `sparse_qp`, in their order; beside constants, of vectors."""
     record = Recorded(
         client=client,
         kind="sparse_qp",
@@ -92,6 +94,7 @@ def solve_parts(
         on_failure=on_failure,
         call=operations.call_within(client.timeout_s, timeout_s, request_id or secrets.token_hex(8)),
         learned=find_learned(parts),
+        constants=constants,
     )
     return record.named_blocks(_apply(_Solve, record, *parts.values()))
 
@@ -115,7 +118,7 @@ class _Solve(_First):
     @signed
     def forward(record: Recorded, *parameters: Tensor) -> Tensors:
         given, client = dict(zip(record.names, parameters, strict=True)), record.client
-        form = parse(record.kind, given)
+        form = parse(record.kind, given) if record.constants is None else parse_beside(record.constants, given)
         if record.gradients == "adjoint" and client.solves_here(given, record.options):
             here = client.solve_here(form, record.options, record.call)
             record.failed, solution, statuses = failed_indices(here.statuses), here.solution, here.statuses

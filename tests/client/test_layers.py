@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import argrad
 from argrad.client import Client
 from argrad.nn import BoxQP, EnergySchedule, SimplexProjection, Sparsemax, TopK, TotalVariation, differences
-from tests.client.support import D, assert_close
+from tests.client.support import D, Recorder, assert_close
 
 pytestmark = pytest.mark.slow
 
@@ -244,3 +244,54 @@ def test_large_shares_are_solved_as_sparse_problems(local: Client, remote: Clien
     theta = SimplexProjection(local)(y, 2.0)
     support = theta > 0
     assert_close(theta[support] - y[support], (theta[support] - y[support])[:1].expand(int(support.sum())))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's forward mode
+def test_a_large_share_whose_state_is_lost_has_the_same_derivatives(
+    local: Client, recorder: Recorder, recorded: Client
+) -> None:
+    """Its matrices are none of the operation's parameters, and yet sent again."""
+    y = torch.randn(300, dtype=D, generator=torch.Generator().manual_seed(4))
+    weights = torch.linspace(-1, 1, 300, dtype=D)
+    found = []
+    for client in (local, recorded):
+        (given,) = leaves((y,))
+        x = Sparsemax(client)(given)
+        recorder.forget_states()
+        x.dot(weights).backward()
+        with forward_ad.dual_level():
+            dual = Sparsemax(client)(forward_ad.make_dual(y, weights))
+            found.append((x.detach(), given.grad, forward_ad.unpack_dual(dual).tangent))
+    for mine, theirs in zip(*found, strict=True):
+        assert_close(mine, theirs)
+    assert recorder.names.count("vjp") == 2
+
+
+def test_large_shares_may_have_entries_without_a_bound(local: Client) -> None:
+    g = torch.Generator().manual_seed(4)
+    y, u = torch.randn(300, dtype=D, generator=g), 0.02 * torch.rand(300, dtype=D, generator=g)
+    u[::3] = torch.inf
+    found = []
+    for scores in (y, y[None]):
+        given = leaves((scores, u))
+        x = Sparsemax(local)(*given).reshape(-1)
+        x.dot(y).backward()
+        found.append((x.detach(), *(leaf.grad.reshape(-1) for leaf in given if leaf.grad is not None)))
+    for mine, dense in zip(*found, strict=True):
+        assert_close(mine, dense)
+
+
+@pytest.mark.parametrize(
+    ("y", "u", "message"),
+    [
+        (torch.ones(300), torch.ones(299), r"problem\.ub: found shape \(299,\), wanted \(300,\)"),
+        (torch.ones(300), torch.ones(300, dtype=D), r"problem\.h: found dtype torch\.float64"),
+        (torch.full((300,), torch.nan), None, r"problem\.q: found nan at \[0\]"),
+        (torch.ones(300), torch.full((300,), -torch.inf), r"problem\.h: found -inf at \[0\]"),
+        (torch.ones(300, dtype=torch.float16), None, r"problem\.q: found dtype torch\.float16"),
+    ],
+    ids=["sizes", "dtypes", "NaN", "minus infinity", "half precision"],
+)
+def test_what_a_large_share_refuses(local: Client, y: Tensor, u: Tensor | None, message: str) -> None:
+    with pytest.raises(argrad.ProblemError, match=message):
+        Sparsemax(local)(y, u)

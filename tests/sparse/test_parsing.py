@@ -5,6 +5,7 @@ import torch
 
 import argrad
 from argrad.problems import parse
+from argrad.problems.sparse_parsing import constants_of, parse_beside
 from argrad.wire import JSON, decode, encode
 from argrad.wire.messages import ProblemDocument, SolveRequest
 from tests.sparse.problems import csr, draw, parts, tensors
@@ -117,3 +118,18 @@ def test_both_forms_of_the_wire_carry_patterns_as_integers(content_type):
     assert message.problem.kind == "sparse_qp"
     for name, tensor in given.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_vectors_beside_constant_matrices():
+    given = parts(draw())
+    vectors = {name: given[name] for name in "qhb"}
+    constants = constants_of(given)
+    form = parse_beside(constants, vectors)
+    assert list(form.parameters) == list(parse("sparse_qp", given).parameters)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in form.parameters.items())
+    with pytest.raises(argrad.ProblemError, match=r"problem\.h: found shape \(29,\), wanted \(30,\), a number"):
+        parse_beside(constants, vectors | {"h": vectors["h"][1:]})
+    with pytest.raises(argrad.ProblemError, match=r"problem\.q: found shape \(41,\), wanted \(40,\)"):
+        parse_beside(constants, vectors | {"q": torch.ones(41, dtype=torch.float64)})
+    with pytest.raises(argrad.ProblemError, match=r"problem\.b: found nan at \[1\]"):
+        parse_beside(constants, vectors | {"b": with_entry(1, float("nan"))(vectors["b"])})

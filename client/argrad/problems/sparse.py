@@ -88,25 +88,41 @@ def row_indices(indptr: Int[Tensor, " r+1"]) -> Int[Tensor, " nnz"]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Constants:
+    """Matrices that many problems have, checked when they are made and never changed.
+
+    What depends on them alone is found once, and kept under this very object.
+
+    Args:
+        matrices: `Q`, `G`, `A` by name.
+    """
+
+    matrices: Mapping[str, SparseMatrix]
+
+    def beside(self, vectors: Mapping[str, Tensor]) -> Blocks:
+        """All parameters of a problem, in order."""
+        return _in_order(self.matrices, vectors)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SparseQP(QP):
     """One QP with sparse matrices; Q, G and A of the base are None, and `matrices` has those that are there.
 
     Args:
         matrices: `Q`, `G`, `A` by name; without Q it is a linear program.
+        constants: Where they are known to be those of other problems too.
     """
 
     matrices: Mapping[str, SparseMatrix] = field(default_factory=dict)
+    constants: Constants | None = None
 
     def __post_init__(self) -> None:
         """Nothing is checked: `sparse_parsing` has."""
 
     def parameters(self) -> dict[str, Tensor]:
         """Vectors and the parts of matrices, by name."""
-        found = {
-            f"{name}_{part}": tensor for name in self.matrices for part, tensor in self.matrices[name].parts().items()
-        }
-        found |= {name: vector for name in VECTORS if (vector := getattr(self, name)) is not None}
-        return {name: found[name] for name in SPARSE if name in found}
+        vectors = {name: vector for name in VECTORS if (vector := getattr(self, name)) is not None}
+        return _in_order(self.matrices, vectors)
 
     @property
     def nnz(self) -> int:
@@ -115,6 +131,12 @@ class SparseQP(QP):
 
     def check_finite(self) -> None:
         """See `QP`; nothing to do for what `parse_sparse` made."""
+
+
+def _in_order(matrices: Mapping[str, SparseMatrix], vectors: Mapping[str, Tensor]) -> Blocks:
+    found = {f"{name}_{part}": tensor for name, matrix in matrices.items() for part, tensor in matrix.parts().items()}
+    found |= vectors
+    return {name: found[name] for name in SPARSE if name in found}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

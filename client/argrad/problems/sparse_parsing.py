@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from argrad.errors import ProblemError
 from argrad.problems.form import Blocks
 from argrad.problems.rows import RowMap
 from argrad.problems.shapes import check_finite, shape_of
-from argrad.problems.sparse import MATRICES, PATTERN, SPARSE, SparseForm, SparseMatrix, SparseQP
+from argrad.problems.sparse import MATRICES, PATTERN, SPARSE, VECTORS, Constants, SparseForm, SparseMatrix, SparseQP
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -37,12 +38,48 @@ def parse_sparse(tensors: Mapping[str, Tensor]) -> SparseForm:
                 given.pop(key, None)
             continue
         matrices[name] = _checked_matrix(name, len(given[vector]), len(given["q"]), parts)
+    _check_finite(given)
+    return _form(given, SparseQP(**_named_vectors(given), matrices=matrices))
+
+
+def constants_of(tensors: Mapping[str, Tensor]) -> Constants:
+    """The matrices of a problem, checked, for `parse_beside`; nobody may change them from now on."""
+    return Constants(matrices=parse_sparse(tensors).sparse.matrices)
+
+
+def parse_beside(constants: Constants, vectors: Mapping[str, Tensor]) -> SparseForm:
+    """Check the vectors of a problem whose matrices are checked already.
+
+    Args:
+        constants: Its matrices.
+        vectors: q, and h or b where there is G or A.
+
+    Raises:
+        ProblemError: a shape, dtype, device or value does not fit.
+    """
+    for name, tensor in vectors.items():
+        _check_vector(name, tensor, vectors["q"])
+    for name, matrix in constants.matrices.items():
+        vector = MATRICES[name][1]
+        rows = len(matrix.indptr) - 1
+        if vectors[vector].shape[0] != rows:
+            wanted = f"({rows},), a number for each row of problem.{name}"
+            raise ProblemError(f"problem.{vector}", f"shape {shape_of(vectors[vector])}", wanted)
+    _check_finite(vectors)
+    problem = SparseQP(**_named_vectors(vectors), matrices=constants.matrices, constants=constants)
+    return _form(constants.beside(vectors), problem)
+
+
+def _check_finite(given: Mapping[str, Tensor]) -> None:
     for name in ("q", "b"):
         if name in given:
             check_finite(f"problem.{name}", given[name])
     if "h" in given:
         check_finite("problem.h", given["h"], "finite numbers or +inf", allowing=float("inf"))
-    return _form(given, matrices)
+
+
+def _named_vectors(given: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: given.get(name) for name in VECTORS}
 
 
 def _vectors(tensors: Mapping[str, Tensor]) -> Blocks:
@@ -60,8 +97,7 @@ def _vectors(tensors: Mapping[str, Tensor]) -> Blocks:
     return given
 
 
-def _form(given: Mapping[str, Tensor], matrices: Mapping[str, SparseMatrix]) -> SparseForm:
-    problem = SparseQP(q=given["q"], h=given.get("h"), b=given.get("b"), matrices=matrices)
+def _form(given: Mapping[str, Tensor], problem: SparseQP) -> SparseForm:
     none = torch.empty(0, dtype=torch.int64)
     rows = RowMap(size=0, own_m=problem.m, own_p=problem.p, lower=none, upper=none, equal=none)
     return SparseForm(parameters=given, problem=problem, row_map=rows, sparse=problem)

@@ -30,9 +30,10 @@ from argrad_service.engine.options import OwnOptions, SolverOptions, Stopped, de
 from argrad_service.engine.outcome import Backward, Tangents
 from argrad_service.engine.registry import is_there
 from argrad_service.engine.sparse_outcome import SparseForward, as_array, conclude, csr, stack
+from argrad_service.sparse.matrices import Matrix
 from argrad_service.sparse.pool import WORKERS, TaskStopped
-from argrad_service.sparse.problem import Matrix, Request
-from argrad_service.sparse.separable import recognise
+from argrad_service.sparse.problem import Problem, Request
+from argrad_service.sparse.separable import Separable, recognise
 from argrad_service.sparse.separable import solve as solve_separable
 from argrad_service.sparse.tasks import Confirm, Found, Solve
 
@@ -78,23 +79,29 @@ def solve(problem: SparseQP, *, solver: str, options: SolverOptions) -> SparseFo
     name = next(iter(SOLVERS)) if solver == AUTO else solver
     if name not in SOLVERS:
         raise ProblemError("solver.name", repr(name), f"one of {', '.join([AUTO, *SOLVERS])} for a sparse problem")
-    if name != BREAKPOINT and not is_there(name):
-        raise MissingExtraError(f"solver {name!r}", "service")
     own = options.own
     if not isinstance(own, OwnOptions):
         if solver == AUTO and own:
             raise ProblemError("solver.options", "options for auto", "a solver by name, for each has its own")
         own = read_options(SOLVERS[name][1], own, inside="solver.options")
-    if separable is not None and (solved := solve_separable(data, separable)) is not None:
-        status, guess, steps = solved
-        found = Found(status=status, guess=guess, is_exact=True, iterations=steps, order=None, factor_nbytes=0)
-        return conclude(problem, data, found, options, solver=BREAKPOINT, separable=separable)
+    if separable is not None and (searched := _search(data, separable)) is not None:
+        return conclude(problem, data, searched, options, solver=BREAKPOINT, separable=separable)
     if name == BREAKPOINT:
         wanted = "a positive diagonal Q, rows of G with one entry each, at most one equality, and a unique multiplier"
         raise ProblemError("solver.name", f"{name!r} for a problem that is not separable", wanted)
+    if not is_there(name):
+        raise MissingExtraError(f"solver {name!r}", "service")
     request = Request(name=name, tolerance=options.tolerance, max_iterations=options.max_iterations, **own.model_dump())
     found = _run(Solve(problem=data, request=request), options)
     return conclude(problem, data, found, options, solver=name)
+
+
+def _search(data: Problem, separable: Separable) -> Found | None:
+    solved = solve_separable(data, separable)
+    if solved is None:
+        return None
+    status, guess, steps = solved
+    return Found(status=status, guess=guess, is_exact=True, iterations=steps, order=None, factor_nbytes=0)
 
 
 def at_point(problem: SparseQP, solution: Solution, *, options: SolverOptions) -> SparseForward:

@@ -14,11 +14,12 @@ from scipy import sparse
 from torch import Tensor
 
 from argrad.problems import Flag, Solution, Status
-from argrad.problems.sparse import SparseMatrix, SparseQP
+from argrad.problems.sparse import Constants, SparseMatrix, SparseQP
 from argrad_service.engine.options import ShouldStop, SolverOptions, never_stop
 from argrad_service.engine.outcome import Outcome
 from argrad_service.engine.solution import WEAK
-from argrad_service.sparse.problem import Mask, Matrix, Problem, Vector, residuals, size
+from argrad_service.sparse.matrices import Mask, Matrices, Matrix, Vector
+from argrad_service.sparse.problem import Problem, residuals, size
 from argrad_service.sparse.separable import Separable, SeparableSystem
 from argrad_service.sparse.system import Order, System
 from argrad_service.sparse.tasks import Found
@@ -76,15 +77,29 @@ def stack(problem: SparseQP) -> Problem:
     """Symmetrise Q, stack the rows and empty those with h = +inf."""
     h = np.zeros(0) if problem.h is None else as_array(problem.h)
     b = np.zeros(0) if problem.b is None else as_array(problem.b)
-    C = _rows([problem.matrices[name] for name in ("A", "G") if name in problem.matrices], problem.n)
     is_bound = np.isfinite(h)
+    if problem.constants is not None and is_bound.all():
+        return Problem(matrices=_constant(problem.constants), q=as_array(problem.q), d=np.concatenate([b, h]))
+    C = _rows([problem.matrices[name] for name in ("A", "G") if name in problem.matrices], problem.n)
     if not is_bound.all():
         C = sparse.diags(np.concatenate([np.ones(len(b)), is_bound])) @ C
         h = np.where(is_bound, h, 1.0)
     if not C.data.all():
         C.eliminate_zeros()
-    Q = _hessian(problem.matrices.get("Q"), problem.n)
-    return Problem(Q=Q, q=as_array(problem.q), C=C, d=np.concatenate([b, h]), p=len(b))
+    matrices = Matrices(Q=_hessian(problem.matrices.get("Q"), problem.n), C=C, p=len(b))
+    return Problem(matrices=matrices, q=as_array(problem.q), d=np.concatenate([b, h]))
+
+
+@functools.lru_cache(maxsize=16)
+def _constant(constants: Constants) -> Matrices:
+    """The stacked matrices of problems whose rows all can bind."""
+    matrices = constants.matrices
+    blocks = [matrices[name] for name in ("A", "G") if name in matrices]
+    n = next(iter(matrices.values())).columns
+    C = _rows(blocks, n)
+    if not C.data.all():
+        C.eliminate_zeros()
+    return Matrices(Q=_hessian(matrices.get("Q"), n), C=C, p=len(blocks[0].indptr) - 1 if "A" in matrices else 0)
 
 
 def _rows(matrices: Sequence[SparseMatrix], n: int) -> Matrix:
@@ -136,34 +151,40 @@ def conclude(
     active, z, y = found.guess
     y = y.copy()
     y[data.p :] = np.maximum(y[data.p :], 0.0)
-    judged = residuals(data, z, y)
+    Cz = data.C @ z
+    judged = residuals(data, z, y, Cz)
     status = Status(found.status)
     if status == Status.OPTIMAL and not judged.scaled <= options.tolerance:
         status = Status.NUMERICAL_ERROR
     is_optimal = status == Status.OPTIMAL
     h = data.d[data.p :] if problem.h is None else as_array(problem.h)
-    lam, s = y[data.p :], np.maximum((data.d - data.C @ z)[data.p :], 0.0)
+    lam, s = y[data.p :], np.maximum((data.d - Cz)[data.p :], 0.0)
     s[active[data.p :]] = 0.0
-    s = np.where(np.isinf(h), h, s)
-    weak = (lam <= WEAK * size(lam)) & (s <= WEAK * (1 + np.abs(data.d[data.p :]))) & np.isfinite(h)
-    is_weak = is_optimal and bool(weak.any())
-    strong = active.copy()
-    strong[data.p :] &= ~weak
+    cannot_bind = np.isinf(h)
+    weak = (lam <= WEAK * size(lam)) & (s <= WEAK * (1 + np.abs(data.d[data.p :]))) & ~cannot_bind
+    s[cannot_bind] = np.inf
+    is_weak, strong = bool(weak.any()), active
+    if is_weak:
+        strong = active.copy()
+        strong[data.p :] &= ~weak
+    is_weak = is_weak and is_optimal
     order = None if found.order is None else _restricted(found.order, data.n, strong[active])
     flags = [Flag.DEGENERATE] if is_weak else []
     if is_optimal and not found.is_exact:
         flags.append(Flag.REGULARISED)
     blocks = {"z": z, "nu": y[: data.p], "lam": lam, "s": s}
+    numbers = torch.tensor([[judged.primal], [judged.dual], [judged.gap], [judged.objective]], dtype=torch.float64)
+    primal, dual, gap, objective = numbers.unbind()
     return SparseForward(
         problem=problem,
         solution=Solution(**{name: torch.from_numpy(block).unsqueeze(0) for name, block in blocks.items()}),
         status=(status,),
         flags=(tuple(flags),),
         iterations=torch.tensor([found.iterations]),
-        primal_residual=torch.tensor([judged.primal], dtype=torch.float64),
-        dual_residual=torch.tensor([judged.dual], dtype=torch.float64),
-        gap=torch.tensor([judged.gap], dtype=torch.float64),
-        objective=torch.tensor([judged.objective], dtype=torch.float64),
+        primal_residual=primal,
+        dual_residual=dual,
+        gap=gap,
+        objective=objective,
         solver=solver,
         options=replace(options, should_stop=never_stop),
         data=data,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from argrad_service.sparse.problem import Mask, Problem, Vector, size
+from argrad_service.sparse.matrices import Mask, Vector
+from argrad_service.sparse.problem import Problem, size
 from argrad_service.sparse.system import Order, System
 
 SIGN_TOLERANCE = 1e-10

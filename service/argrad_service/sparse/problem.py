@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Vector = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-Matrix = Any
-"""A matrix of `scipy.sparse`."""
+from argrad_service.sparse.matrices import Mask, Matrices, Matrix, Vector
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,18 +15,29 @@ class Problem:
     """½zᵀQz + qᵀz subject to C₁z = d₁ (the first p rows), C₂z ≤ d₂ (the other m).
 
     Args:
-        Q: CSC, symmetric; empty in a linear program.
+        matrices: Q, and C = [C₁; C₂].
         q: `(n,)`.
-        C: CSR, equalities first.
         d: `(p + m,)`, finite: a row that cannot bind (h = +inf) is empty, and says 0 ≤ 1.
-        p: Number of equalities.
     """
 
-    Q: Matrix
+    matrices: Matrices
     q: Vector
-    C: Matrix
     d: Vector
-    p: int
+
+    @property
+    def Q(self) -> Matrix:
+        """CSC, symmetric; empty in a linear program."""
+        return self.matrices.Q
+
+    @property
+    def C(self) -> Matrix:
+        """CSR, equalities first."""
+        return self.matrices.C
+
+    @property
+    def p(self) -> int:
+        """Number of equalities."""
+        return self.matrices.p
 
     @property
     def n(self) -> int:
@@ -84,9 +91,10 @@ class Residuals(NamedTuple):
     scaled: float
 
 
-def residuals(problem: Problem, z: Vector, y: Vector) -> Residuals:
-    """Judge a point z with multipliers y = [ν; λ], λ ≥ 0."""
-    Qz, Cz, Cty = problem.Q @ z, problem.C @ z, problem.C.T @ y
+def residuals(problem: Problem, z: Vector, y: Vector, Cz: Vector | None = None) -> Residuals:
+    """Judge a point z with multipliers y = [ν; λ], λ ≥ 0; Cz, should it be known already."""
+    Cz = problem.C @ z if Cz is None else Cz
+    Qz, Cty = problem.Q @ z, problem.matrices.Ct @ y
     violation = Cz - problem.d
     violation[: problem.p] = np.abs(violation[: problem.p])
     primal, dual = max(0.0, _largest(violation)), size(Qz + problem.q + Cty)

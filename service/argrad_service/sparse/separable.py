@@ -15,16 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from argrad_service.sparse.finish import Guess
-from argrad_service.sparse.problem import Mask, Problem, Vector
+from argrad_service.sparse.matrices import Index, Mask, Vector
+from argrad_service.sparse.problem import Problem
 from argrad_service.sparse.system import Solved
 
 CONSISTENT = 1e-12
 """Relative distance of b from the range of aᵀz beyond which there is no feasible point."""
-
-Index = NDArray[np.intp]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,51 +52,27 @@ class Separable:
     def at(self, nu: float) -> tuple[Vector, Vector]:
         """Z(ν), and what it would be without bounds."""
         free = -(self.q + self.a * nu) / self.d
-        return np.clip(free, self.lower, self.upper), free
+        return np.minimum(np.maximum(free, self.lower), self.upper), free
 
 
 def recognise(problem: Problem) -> Separable | None:
     """The problem in separable form, or None if it is none."""
-    n, p, Q, C = problem.n, problem.p, problem.Q, problem.C
-    if p > 1 or Q.nnz != n or not (Q.indptr == np.arange(n + 1)).all() or not (Q.indices == np.arange(n)).all():
+    reading = problem.matrices.reading
+    if reading is None or (problem.d[reading.empty] < 0).any():  # 0 ≤ h < 0 is infeasible, for others to prove
         return None
-    if not (Q.data > 0).all():
+    lower, upper = (of.tightest(problem.n, problem.d) for of in (reading.lower, reading.upper))
+    if lower is None or upper is None:
         return None
-    counts = np.diff(C.indptr)
-    if (counts[p:] > 1).any():
-        return None
-    a = np.zeros(n)
-    if p:
-        a[C.indices[: counts[0]]] = C.data[: counts[0]]
-    # Rows of one entry g: g z ≤ h is a bound h / g; an empty row binds nothing.
-    rows = p + np.flatnonzero(counts[p:])
-    where, g = C.indices[C.indptr[rows]], C.data[C.indptr[rows]]
-    bound = problem.d[rows] / g
-    lower, lower_row = _tightest(n, rows[g < 0], where[g < 0], -bound[g < 0])
-    upper, upper_row = _tightest(n, rows[g > 0], where[g > 0], bound[g > 0])
-    if (problem.d[p:][counts[p:] == 0] < 0).any():
-        return None  # 0 ≤ h < 0: infeasible, for others to prove
-    if _has_twins(where[g < 0], -bound[g < 0], lower) or _has_twins(where[g > 0], bound[g > 0], upper):
-        return None  # two rows are one bound: should it be active, they are dependent
-    b = float(problem.d[0]) if p else 0.0
     return Separable(
-        d=Q.data, q=problem.q, a=a, b=b, lower=-lower, upper=upper, lower_row=lower_row, upper_row=upper_row
+        d=reading.d,
+        q=problem.q,
+        a=reading.a,
+        b=float(problem.d[0]) if problem.p else 0.0,
+        lower=-lower[0],
+        upper=upper[0],
+        lower_row=lower[1],
+        upper_row=upper[1],
     )
-
-
-def _tightest(n: int, rows: Index, where: Index, bound: Vector) -> tuple[Vector, Index]:
-    """The least of several bounds on a variable, and its row."""
-    order = np.argsort(-bound, kind="stable")  # the last assignment to a variable stays
-    least, row = np.full(n, np.inf), np.full(n, -1)
-    least[where[order]], row[where[order]] = bound[order], rows[order]
-    return least, row
-
-
-def _has_twins(where: Index, bound: Vector, least: Vector) -> bool:
-    tight = where[bound == least[where]]
-    is_tight = np.zeros(len(least), dtype=bool)
-    is_tight[tight] = True
-    return int(np.count_nonzero(is_tight)) < len(tight)
 
 
 def solve(problem: Problem, separable: Separable) -> tuple[str, Guess, int] | None:
@@ -134,33 +108,45 @@ def solve(problem: Problem, separable: Separable) -> tuple[str, Guess, int] | No
 def _find_multiplier(s: Separable) -> tuple[float | None, int]:
     """ν with aᵀz(ν) = b; infinite if b is out of reach, None if ν is not unique. And the evaluations that it took."""
     touched = s.a != 0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ends = [-(s.q + s.d * side)[touched] / s.a[touched] for side in (s.lower, s.upper)]
-    points = np.sort(np.concatenate(ends))
-    points = points[np.isfinite(points)]
-    points = points[np.diff(points, prepend=-np.inf) > 0]
+    points = _breakpoints(s, touched)
+    # Without bounds z is ν·slope − start: rounded otherwise than in `at`, it only says between which points ν is.
+    slope, start, z = -s.a / s.d, s.q / s.d, np.empty_like(s.d)
     below, above, steps = -1, len(points), 0
     while above - below > 1:
         middle = (below + above) // 2
         steps += 1
-        if float(s.a @ s.at(points[middle])[0]) > s.b:
+        np.multiply(slope, points[middle], out=z)
+        np.subtract(z, start, out=z)
+        np.maximum(z, s.lower, out=z)
+        np.minimum(z, s.upper, out=z)
+        if float(s.a @ z) > s.b:
             below = middle
         else:
             above = middle
-    edges = np.concatenate([[-np.inf], points, [np.inf]])
-    low, high = float(edges[above]), float(edges[above + 1])
-    slope, nu = _line(s, touched, low, high)
+    low, high = (float(points[k]) if 0 <= k < len(points) else end for k, end in ((below, -np.inf), (above, np.inf)))
+    rate, nu = _line(s, touched, low, high)
     scale = 1 + abs(nu)
-    if slope == 0.0 or not low - CONSISTENT * scale <= nu <= high + CONSISTENT * scale:
+    if rate == 0.0 or not low - CONSISTENT * scale <= nu <= high + CONSISTENT * scale:
         # A level stretch at the end of the range: at b, or the range does not reach it.
-        return (None if nu == 0.0 and slope == 0.0 else np.inf), steps
+        return (None if nu == 0.0 and rate == 0.0 else np.inf), steps
     nu = min(max(nu, low), high)
-    if nu >= high - CONSISTENT * scale and above + 2 < len(edges):
+    if nu >= high - CONSISTENT * scale and above < len(points):
         # At a corner: beyond it g may be level, and any ν of that stretch would do.
-        beyond, distance = _line(s, touched, high, float(edges[above + 2]))
-        if beyond == 0.0 and distance == 0.0:
+        beyond = int(np.searchsorted(points, high, side="right"))
+        beyond_rate, distance = _line(s, touched, high, float(points[beyond]) if beyond < len(points) else np.inf)
+        if beyond_rate == 0.0 and distance == 0.0:
             return None, steps
     return nu, steps
+
+
+def _breakpoints(s: Separable, touched: Mask) -> Vector:
+    """The finite ν at which a variable that the equality touches reaches a bound, ascending."""
+    where = slice(None) if touched.all() else touched
+    a, d, q = s.a[where], s.d[where], s.q[where]
+    points = np.concatenate([(-q - d * bound[where]) / a for bound in (s.lower, s.upper)])
+    points.sort()
+    first, last = np.searchsorted(points, -np.inf, side="right"), np.searchsorted(points, np.inf, side="left")
+    return points[first:last]
 
 
 def _line(s: Separable, touched: Mask, low: float, high: float) -> tuple[float, float]:
@@ -174,13 +160,13 @@ def _line(s: Separable, touched: Mask, low: float, high: float) -> tuple[float, 
     else:
         inside = 0.5 * (low + high)
     z, free = s.at(inside)
-    moves = (free > s.lower) & (free < s.upper) & touched
-    slope = float(np.sum(s.a[moves] ** 2 / s.d[moves]))
-    fixed = s.a[~moves] * z[~moves]
+    weights = np.where((free > s.lower) & (free < s.upper) & touched, s.a / s.d, 0.0)
+    slope = float(weights @ s.a)
+    fixed = np.where(weights != 0.0, 0.0, s.a * z)
     distance = s.b - float(fixed.sum())
     if slope == 0.0:
         return 0.0, 0.0 if abs(distance) <= CONSISTENT * (1 + abs(s.b) + float(np.abs(fixed).sum())) else np.inf
-    return slope, -(distance + float(np.sum(s.a[moves] * s.q[moves] / s.d[moves]))) / slope
+    return slope, -(distance + float(weights @ s.q)) / slope
 
 
 class SeparableSystem:
@@ -199,13 +185,12 @@ class SeparableSystem:
     def __init__(self, problem: Problem, separable: Separable, rows: Index) -> None:
         self.rows = rows
         self._s, self._p, self._n = separable, problem.p, problem.n
-        bounds = rows[problem.p :]
-        self._at = problem.C.indices[problem.C.indptr[bounds]]
-        self._g = problem.C.data[problem.C.indptr[bounds]][:, None]
+        starts = problem.C.indptr[rows[problem.p :]]
+        self._at, self._g = problem.C.indices[starts], problem.C.data[starts]
         self._is_free = np.ones(problem.n, dtype=bool)
         self._is_free[self._at] = False
-        a, d = separable.a[self._is_free], separable.d[self._is_free]
-        self._slope = float(np.sum(a * a / d))
+        self._weights = np.where(self._is_free, separable.a / separable.d, 0.0)
+        self._slope = float(self._weights @ separable.a)
 
     @property
     def is_regular(self) -> bool:
@@ -216,26 +201,22 @@ class SeparableSystem:
     @property
     def nbytes(self) -> int:
         """Bytes held beyond the problem's own."""
-        return int(self._at.nbytes + self._g.nbytes + self._is_free.nbytes)
+        return int(self._at.nbytes + self._g.nbytes + self._is_free.nbytes + self._weights.nbytes)
 
     def solve(self, right: Vector) -> Solved:
         """Solve K x = right, `(n + k,)` or `(n + k, j)`; the error is that of the equality and of rounding."""
-        columns = right.reshape(len(right), -1)
-        s, free = self._s, self._is_free
-        a, d = s.a[:, None], s.d[:, None]
-        r1, r2 = columns[: self._n], columns[self._n :]
+        s, systems = self._s, right.reshape(len(right), -1).T
+        r1, r2 = systems[:, : self._n], systems[:, self._n :]
         x = np.zeros_like(r1)
-        x[self._at] = r2[self._p :] / self._g
-        nu = np.zeros((1, columns.shape[1]))
+        x[:, self._at] = r2[:, self._p :] / self._g
+        nu, error = np.zeros((len(systems), self._p)), 0.0
         if self._p:
-            known = (a[~free] * x[~free]).sum(axis=0) - r2[0]
-            nu[0] = ((a * r1 / d)[free].sum(axis=0) + known) / self._slope
-        x[free] = ((r1 - a * nu) / d)[free]
-        y = (r1 - d * x - a * nu)[self._at] / self._g
-        out = np.concatenate([x, nu[: self._p], y])
-        error = 0.0
+            nu[:, 0] = (r1 @ self._weights + x @ s.a - r2[:, 0]) / self._slope
+        unexplained = r1 - nu @ s.a[None] if self._p else r1
+        x = np.where(self._is_free, unexplained / s.d, x)
+        y = (unexplained - s.d * x)[:, self._at] / self._g
         if self._p:
-            norms = np.maximum(np.abs(columns).max(axis=0, initial=0.0), np.finfo(float).tiny)
-            size = 1 + np.abs(a * x).max(axis=0) / norms
-            error = float((np.abs((a * x).sum(axis=0) - r2[0]) / norms / size).max(initial=0.0))
-        return Solved(out.reshape(right.shape), error)
+            norms = np.maximum(np.abs(systems).max(axis=1, initial=0.0), np.finfo(float).tiny)
+            size = 1 + np.abs(s.a * x).max(axis=1) / norms
+            error = float((np.abs(x @ s.a - r2[:, 0]) / norms / size).max(initial=0.0))
+        return Solved(np.concatenate([x, nu, y], axis=1).T.reshape(right.shape), error)

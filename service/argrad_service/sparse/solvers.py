@@ -13,7 +13,8 @@ import numpy as np
 import osqp
 from scipy import sparse
 
-from argrad_service.sparse.problem import Problem, Request, Vector, size
+from argrad_service.sparse.matrices import Vector
+from argrad_service.sparse.problem import Problem, Request, size
 
 Verdict = Literal["point", "infeasible", "unbounded", "max_iterations", "numerical_error"]
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import splu
 
-from argrad_service.sparse.problem import Matrix, Problem, Vector
+from argrad_service.sparse.matrices import Matrix, Vector
+from argrad_service.sparse.problem import Problem
 
 DELTA = 1e-9
 """δ, relative to the equilibrated matrix."""

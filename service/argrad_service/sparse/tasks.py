@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from argrad_service.sparse.finish import Finished, Guess, finish
-from argrad_service.sparse.problem import Mask, Problem, Request, Vector, active_at, residuals
+from argrad_service.sparse.matrices import Mask, Vector
+from argrad_service.sparse.problem import Problem, Request, active_at, residuals
 from argrad_service.sparse.system import Order, is_convex
 
 NONCONVEX = 1e-9
