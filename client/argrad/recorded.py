@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -213,7 +214,7 @@ def check_cotangents(record: Recorded, cotangents: Blocks, mask: Tensor | None) 
         ProblemError: a cotangent is not finite, and `on_failure` is `raise`.
     """
     for name, tensor in cotangents.items():
-        if bool(torch.isfinite(tensor.sum())):
+        if math.isfinite(tensor.sum().item()):
             continue
         if record.on_failure == "raise":
             check_finite(f"upstream.{name}", tensor)

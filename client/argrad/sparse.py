@@ -156,7 +156,10 @@ class _Solve(_First):
         wrt = tuple(name for name, is_needed in zip(record.names, needed, strict=True) if is_needed)
         if not wrt or all(tensor is None for tensor in given):
             return (None,) * (1 + len(needed))
-        formed = dict(zip(wrt, _apply(_Gradients, record, wrt, *ctx.saved_tensors, *given), strict=True))
+        operands = (record, wrt, *ctx.saved_tensors, *given)
+        # Where nothing records there is nobody to refuse a second derivative to, and calling a Function takes long.
+        found = _apply(_Gradients, *operands) if torch.is_grad_enabled() else _Gradients.forward(*operands)
+        formed = dict(zip(wrt, found, strict=True))
         return None, *(formed.get(name) for name in record.names)
 
     @staticmethod

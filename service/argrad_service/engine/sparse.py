@@ -121,23 +121,29 @@ def vjp(
     given = {key: as_array(block) for key, block in upstream.items()}
     has_k = next(iter(given.values())).ndim == 3
     count = next(iter(given.values())).shape[0] if has_k else 1
-    sizes = {"z": data.n, "nu": data.p, "lam": data.m, "s": data.m}
-    g = {key: given[key].reshape(count, n) if key in given else np.zeros((count, n)) for key, n in sizes.items()}
-    g_z = g["z"] - (data.C[data.p :].T @ g["s"].T).T if "s" in given else g["z"]
-    g_y = np.concatenate([g["nu"], g["lam"]], axis=1)
-    d_z, d_y = np.full((count, data.n), np.nan), np.full((count, len(data.d)), np.nan)
+    g = {key: block.reshape(count, -1) for key, block in given.items()}
     status, flags = str(forward.status[0]), forward.flags[0]
     if forward.is_optimal:
         system, is_nonunique, is_dependent = forward.system()
         rows = system.rows
         flags = _flags(forward, is_nonunique, is_dependent)
-        right = np.concatenate([-g_z, -g_y[:, rows]], axis=1).T
-        solved = system.solve(right)
-        status = _verdict(is_nonunique, is_dependent and bool(g_y[:, rows].any()), solved.error)
-        if status == "ok":
-            d_z, d_y = solved.x[: data.n].T, np.zeros_like(d_y)
-            d_y[:, rows] = solved.x[data.n :].T
+        right = np.zeros((count, data.n + len(rows)))
+        if "z" in g:
+            np.negative(g["z"], out=right[:, : data.n])
+        if "s" in g:
+            right[:, : data.n] += (data.C[data.p :].T @ g["s"].T).T
+        if "nu" in g or "lam" in g:
+            on_rows = [g.get(key, np.zeros((count, size))) for key, size in (("nu", data.p), ("lam", data.m))]
+            right[:, data.n :] -= np.concatenate(on_rows, axis=1)[:, rows]
+        solved = system.solve(right.T)
+        status = _verdict(is_nonunique, is_dependent and bool(right[:, data.n :].any()), solved.error)
+    if status == "ok":
+        d_z, d_y = solved.x[: data.n].T, np.zeros((count, len(data.d)))
+        d_y[:, rows] = solved.x[data.n :].T
+        if "s" in g:
             d_y[:, data.p :] -= g["s"]
+    else:
+        d_z, d_y = np.full((count, data.n), np.nan), np.full((count, len(data.d)), np.nan)
     lead = (count, 1) if has_k else (1,)
     blocks = {"z": d_z, "nu": d_y[:, : data.p], "mu": d_y[:, data.p :]}
     adjoint = {key: torch.from_numpy(block.reshape(*lead, block.shape[1])) for key, block in blocks.items()}

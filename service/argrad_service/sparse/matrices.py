@@ -32,11 +32,22 @@ class Side:
     size: Vector
     row: Index | None
 
+    @cached_property
+    def _span(self) -> slice | None:
+        """The rows as a slice, where they bound the variables one after the other, each once."""
+        n = len(self.rows)
+        is_in_order = self.row is not None and n == len(self.row) and n > 0 and bool((self.where == np.arange(n)).all())
+        if not is_in_order or int(self.rows[-1] - self.rows[0]) != n - 1:
+            return None
+        return slice(int(self.rows[0]), int(self.rows[-1]) + 1)
+
     def tightest(self, n: int, right: Vector) -> tuple[Vector, Index] | None:
         """The least of the bounds on each variable `(n,)`, +inf where it has none, and its row.
 
         None where two rows are one bound: should it be active, they are dependent.
         """
+        if self._span is not None and self.row is not None:
+            return right[self._span] / self.size, self.row
         bound, least = right[self.rows] / self.size, np.full(n, np.inf)
         if self.row is not None:
             least[self.where] = bound

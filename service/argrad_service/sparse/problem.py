@@ -110,7 +110,7 @@ def residuals(problem: Problem, z: Vector, y: Vector, Cz: Vector | None = None) 
 
 def size(vector: Vector) -> float:
     """Largest absolute entry; 0 of an empty vector."""
-    return float(np.abs(vector).max()) if vector.size else 0.0
+    return float(np.maximum(vector.max(), -vector.min())) if vector.size else 0.0
 
 
 def _largest(vector: Vector) -> float:
