@@ -47,12 +47,16 @@ class JsonLimits:
         max_brackets: Opening brackets and braces, each of which becomes an object of its own.
         max_numbers: Elements, counted by their commas.
         max_depth: Brackets and braces that are open at once, whether or not they stand in a string.
+        numbers_setting: What sets `max_numbers`, for the message; empty where nothing does.
+        depth_setting: The same for `max_depth`.
     """
 
     max_bytes: int = 2 << 20
     max_brackets: int = 200_000
     max_numbers: int = 500_000
     max_depth: int = 64
+    numbers_setting: str = ""
+    depth_setting: str = ""
 
 
 DEFAULT_LIMITS = JsonLimits()
@@ -107,9 +111,9 @@ def _check_limits(text: bytes | bytearray, limits: JsonLimits) -> None:
     if (brackets := text.count(b"[") + text.count(b"{")) > limits.max_brackets:
         raise _too_large(f"{brackets} brackets in JSON", limits.max_brackets)
     if (commas := text.count(b",")) >= limits.max_numbers:
-        raise _too_large(f"{commas + 1} elements in JSON", limits.max_numbers)
+        raise _too_large(f"{commas + 1} elements in JSON", limits.max_numbers, limits.numbers_setting)
     if brackets > limits.max_depth and (depth := _depth(text)) > limits.max_depth:
-        raise _too_large(f"{depth} nested brackets in JSON", limits.max_depth)
+        raise _too_large(f"{depth} nested brackets in JSON", limits.max_depth, limits.depth_setting)
 
 
 def _depth(text: bytes | bytearray) -> int:
@@ -118,8 +122,9 @@ def _depth(text: bytes | bytearray) -> int:
     return int(_OPENED[brackets].cumsum(dtype=np.int32).max())
 
 
-def _too_large(found: str, limit: int) -> TooLargeError:
-    return TooLargeError("body", found, f"at most {limit}: use the binary form")
+def _too_large(found: str, limit: int, setting: str = "") -> TooLargeError:
+    named = f" ({setting})" if setting else ""
+    return TooLargeError("body", found, f"at most {limit}{named}: use the binary form")
 
 
 def _to_tensor(name: str, value: object) -> Tensor:

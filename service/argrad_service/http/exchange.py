@@ -252,6 +252,8 @@ class Exchange:
             max_brackets=nbytes // 10,
             max_numbers=self.settings.max_json_numbers,
             max_depth=self.settings.max_json_depth,
+            numbers_setting="ARGRAD_MAX_JSON_NUMBERS",
+            depth_setting="ARGRAD_MAX_JSON_DEPTH",
         )
 
     def _timeout_s(self, headers: Headers) -> float:
