@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -14,8 +15,25 @@ from argrad.wire.errors import UnreadableBodyError
 from argrad.wire.messages import Message
 
 _MAX_MEMBERS = 1000
+_NOT_FINITE = re.compile(r"nan\b|inf(inity)?\b", re.IGNORECASE)
 _SHORT = 4096
 """Characters in which there is no room for so many."""
+
+
+def _complaint(error: orjson.JSONDecodeError) -> tuple[str, str]:
+    """What was found, and what was wanted, of a text that is no JSON.
+
+    Python's `json.dumps` writes NaN and Infinity as bare words, which JSON has not.
+    """
+    where = f"at line {error.lineno}, column {error.colno}"
+    if word := _NOT_FINITE.match(error.doc, error.pos):
+        sign = "-" if error.doc[: error.pos].endswith("-") else ""
+        return f"{sign}{word[0]} {where}", 'JSON in UTF-8, where "NaN", "Infinity" and "-Infinity" stand in quotes'
+    if "infinity" in error.msg:
+        return f"a number beyond float64 {where}", 'numbers up to 1.8e308, or "Infinity", "-Infinity"'
+    if "empty" in error.msg:
+        return "nothing", "JSON in UTF-8"
+    return f"{error.msg} {where}", "JSON in UTF-8"
 
 
 def parse_object(where: str, text: bytes | bytearray | str) -> dict[str, Any]:
@@ -32,8 +50,7 @@ def parse_object(where: str, text: bytes | bytearray | str) -> dict[str, Any]:
     try:
         document = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        found = f"{error.msg} at line {error.lineno}, column {error.colno}"
-        raise UnreadableBodyError(where, found, "JSON in UTF-8") from None
+        raise UnreadableBodyError(where, *_complaint(error)) from None
     if not isinstance(document, dict):
         raise ProblemError(where, in_words(document), "a JSON object")
     # orjson keeps the last of two equal keys. Every member has a colon, so a repeated key leaves a colon too many;
