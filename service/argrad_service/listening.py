@@ -32,7 +32,7 @@ def listening(settings: Settings) -> Iterator[tuple[list[socket.socket], str]]:
     listeners = [listener]
     try:
         if settings.metrics_port is not None:
-            listeners.append(_bind_tcp(settings.host, settings.metrics_port))
+            listeners.append(_bind_tcp(settings.host, settings.metrics_port, "metrics_port"))
         yield listeners, address
     finally:
         for bound in listeners:
@@ -41,7 +41,7 @@ def listening(settings: Settings) -> Iterator[tuple[list[socket.socket], str]]:
             settings.uds.unlink(missing_ok=True)
 
 
-def _bind_tcp(host: str, port: int) -> socket.socket:
+def _bind_tcp(host: str, port: int, setting: str = "port") -> socket.socket:
     with contextlib.ExitStack() as undo:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -50,7 +50,7 @@ def _bind_tcp(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(where)
         except OSError as error:
-            advice = f"choose another with {flag('host')} and {flag('port')}"
+            advice = f"choose another with {flag('host')} and {flag(setting)}"
             raise ServeError(f"cannot listen on {host}:{port} ({error.strerror}); {advice}") from None
         undo.pop_all()
         return listener

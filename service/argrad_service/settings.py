@@ -24,6 +24,7 @@ from argrad_service.scheduling import Budget
 PREFIX = "ARGRAD_"
 _MIB = 1024**2
 _GIB = 1024**3
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
 
 _Bytes = Annotated[ByteSize, Field(ge=1)]
@@ -285,6 +286,14 @@ class Settings(BaseSettings):
                 raise ValueError(f"found {origin!r}, wanted * or scheme and host as in https://example.org, no path")
         return origins
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not _HOST.fullmatch(name):
+                raise ValueError(f"found {name!r}, wanted a name as in box.example, without scheme, port or *")
+        return names
+
     @model_validator(mode="after")
     def _check_together(self) -> Settings:
         """Refuse what would let anybody in by mistake, and workers that could share nothing."""
@@ -294,6 +303,11 @@ class Settings(BaseSettings):
                 f"Make one with `argrad keys new NAME` and give {variable('api_keys')} or {variable('api_keys_file')}, "
                 f"or listen on 127.0.0.1, or, where only those who may call can reach the address, say "
                 f"{flag('insecure')} ({variable('insecure')}=true)"
+            )
+        if self.metrics_port is not None and self.uds is None and self.metrics_port == self.port:
+            raise ValueError(
+                f"{variable('metrics_port')} and {variable('port')} are both {self.port}: metrics are served apart, "
+                "where nobody is asked for a key. Choose another port for one of them"
             )
         if self.workers > 1 and self.redis_url is None:
             raise ValueError(

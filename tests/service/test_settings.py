@@ -89,6 +89,14 @@ def test_environment_is_read_and_arguments_come_first(monkeypatch: pytest.Monkey
         ("max_body_bytes", "-3", r"ARGRAD_MAX_BODY_BYTES .* cannot be '-3'"),
         ("timeout_s", "inf", r"ARGRAD_TIMEOUT_S .* cannot be 'inf': input should be a finite number"),
         ("cors_origins", "example.org", r"ARGRAD_CORS_ORIGINS .*: found 'example.org', wanted \* or scheme and host"),
+        (
+            "allowed_hosts",
+            "http://box",
+            r"ARGRAD_ALLOWED_HOSTS .*: found 'http://box', wanted a name as in box.example",
+        ),
+        ("allowed_hosts", "a.example,*.b.example", r"found '\*.b.example', wanted a name as in box.example, without"),
+        ("allowed_hosts", "box.example:8000", r"found 'box.example:8000', wanted a name"),
+        ("metrics_port", "8000", r"ARGRAD_METRICS_PORT and ARGRAD_PORT are both 8000: metrics are served apart"),
         ("max_iterations", "1000000000", r"ARGRAD_MAX_ITERATIONS .* cannot be '1000000000'"),
     ],
 )
@@ -98,6 +106,11 @@ def test_wrong_values_name_the_variable_and_the_value(
     monkeypatch.setenv(variable(name), value)
     with pytest.raises(SettingsError, match=message):
         load_settings()
+
+
+@pytest.mark.parametrize("name", ["box", "a.box.example", "replica_1", "fd00::1", "10.0.0.7", "Box.Example"])
+def test_names_of_hosts(name: str):
+    assert load_settings(allowed_hosts=f"{name},other").allowed_hosts == (name, "other")
 
 
 def test_a_wrong_secret_is_not_printed(monkeypatch: pytest.MonkeyPatch):
