@@ -171,12 +171,31 @@ async def test_routing_errors_are_problems_too(
     assert (response.json()["type"], response.json()["status"]) == (type_, status)
     assert response.json()["request_id"] == response.headers["x-request-id"]
     if status == 405:
-        assert response.headers["allow"] in ("POST", "GET")
+        allowed = {"/v1/solve": "POST", "/health/live": "GET, HEAD"}[path]
+        assert response.headers["allow"] == allowed
+        assert response.json()["detail"] == f"method: found {method}, wanted {allowed}"
 
 
 async def test_405_names_the_methods_of_every_route_that_has_the_path(client: httpx.AsyncClient):
     response = await client.patch(f"/v1/problems/{64 * '0'}")
-    assert (response.status_code, response.headers["allow"]) == (405, "DELETE, GET, PUT")
+    assert (response.status_code, response.headers["allow"]) == (405, "DELETE, GET, HEAD, PUT")
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/v1/solvers", "/docs", "/openapi.json"])
+async def test_head_is_answered_as_get_is(client: httpx.AsyncClient, path: str):
+    head, get = await client.head(path), await client.get(path)
+    assert (head.status_code, head.headers["content-type"]) == (200, get.headers["content-type"])
+    assert head.headers["cache-control"] == get.headers["cache-control"]
+
+
+async def test_head_of_what_has_no_get_is_405(client: httpx.AsyncClient):
+    response = await client.head("/v1/solve")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+
+
+async def test_openapi_does_not_list_head(client: httpx.AsyncClient):
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    assert all("head" not in path for path in paths.values())
 
 
 async def test_a_defect_is_a_500_without_a_traceback_and_the_log_has_its_id():

@@ -179,13 +179,15 @@ def _describe_routing(error: HTTPException) -> Problem:
     if kind is None:
         phrase = HTTPStatus(error.status_code).phrase
         kind = Kind(error.status_code, phrase.lower().replace(" ", "-"), f"{phrase}.")
-    return Problem(kind, kind.title, headers=error.headers or {})
+    detail = error.detail if kind.status == 405 and error.headers else kind.title
+    return Problem(kind, detail, headers=error.headers or {})
 
 
 async def answer(request: Request, error: Exception) -> Response:
     """Exception handler of the application."""
     if isinstance(error, HTTPException) and error.status_code == 405:
-        error.headers = {"Allow": _allowed(request)}
+        allowed = _allowed(request)
+        error.headers, error.detail = {"Allow": allowed}, f"method: found {request.method}, wanted {allowed}"
     record = Record.of(request.scope)
     problem = describe(error)
     record.problem_type = problem.kind.type
@@ -199,4 +201,6 @@ def _allowed(request: Request) -> str:
     for route in request.app.routes:
         if route.matches(request.scope)[0] is not Match.NONE:
             found |= getattr(route, "methods", None) or set()
+    if "GET" in found:
+        found.add("HEAD")
     return ", ".join(sorted(found))

@@ -9,6 +9,8 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from argrad.wire.messages import JvpRequest, SolveRequest, VjpRequest
 from argrad_service.http import openapi
@@ -30,6 +32,21 @@ class DirectRoute(APIRoute):
         """The function itself, without the search for parameters, dependencies and bodies that it has none of."""
         handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
         return handler
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """HEAD is GET whose reply has no body, which the server sees to; OpenAPI does not list it apart."""
+        match, child = super().matches(scope)
+        return (Match.FULL if match is Match.PARTIAL and self._is_head(scope) else match), child
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer HEAD as GET is answered."""
+        if self._is_head(scope):
+            await self.app(scope, receive, send)
+        else:
+            await super().handle(scope, receive, send)
+
+    def _is_head(self, scope: Scope) -> bool:
+        return scope["method"] == "HEAD" and "GET" in (self.methods or ())
 
 
 def add_routes(
