@@ -51,9 +51,24 @@ def render_page(results: Path = RESULTS) -> str:
     if remote:
         lines += ["## The way to the service and back", "", *render_remote(remote[-1]["remote"]), ""]
         lines += [f"<sub>{circumstances(remote[-1])}</sub>", ""]
+    lines += _on_a_gpu(results / "gpu")
     if missing:
         lines += [f"Not yet measured: {', '.join(missing)}.", ""]
     return "\n".join(lines)
+
+
+def _on_a_gpu(results: Path) -> list[str]:
+    """What `benchmarks/gpu.py` has written, or that nothing was measured."""
+    lines = ["## On a GPU", ""]
+    for path in sorted(results.glob("*.json")):
+        run = json.loads(path.read_text())
+        lines.append(f"- [{path.name}](../benchmarks/results/gpu/{path.name}): {run['device']}, {run['date']}")
+    if len(lines) == 2:
+        lines.append(
+            "Not yet measured: nothing of argrad has run on CUDA so far, and the tests that need it are skipped "
+            "without it. `python benchmarks/gpu.py` compares with the CPU and times, with torch and NumPy alone."
+        )
+    return [*lines, ""]
 
 
 def _newest(usable: list[Record], name: str) -> tuple[Record, Record] | None:

@@ -169,6 +169,15 @@ def test_the_page_takes_the_newest_of_each_group_and_says_where_argrad_falls_sho
     assert "Not yet measured: tiny, tv" in text
 
 
+def test_the_page_says_whether_anything_was_measured_on_a_gpu(tmp_path):
+    assert "## On a GPU\n\nNot yet measured: nothing of argrad has run on CUDA so far" in render_page(tmp_path)
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "first.json").write_text(json.dumps({"device": "NVIDIA H200", "date": "2026-05-01"}))
+    text = render_page(tmp_path)
+    assert "- [first.json](../benchmarks/results/gpu/first.json): NVIDIA H200, 2026-05-01" in text
+    assert "nothing of argrad has run" not in text
+
+
 def test_every_group_has_its_cases_and_every_size_its_name():
     for title, cases in GROUPS.values():
         assert title
