@@ -16,6 +16,9 @@ Body = bytearray | memoryview
 INLINE_BYTES = 64 * 1024
 """A body up to this size is read and written on the event loop: a change of threads would cost more."""
 
+INLINE_BINARY_BYTES = 512 * 1024
+"""The same for a binary body that is not compressed: its tensors stay where they are, and are looked at once."""
+
 
 async def read_body(
     receive: Receive,

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from argrad.wire import (
 from argrad.wire.messages import Message as Document
 from argrad.wire.messages import SolveReply, TensorMap
 from argrad_service.engine.options import ShouldStop
-from argrad_service.http.body import INLINE_BYTES, Body, read_body
+from argrad_service.http.body import INLINE_BINARY_BYTES, INLINE_BYTES, Body, read_body
 from argrad_service.http.compressed import read_compressed
 from argrad_service.http.doors import Doors
 from argrad_service.http.idempotency import HEADER, Once, check_key, fingerprint_of
@@ -159,17 +160,21 @@ class Exchange:
         def prepared(document: Asked, tensors: TensorMap) -> Run[Reply]:
             return prepare(document, tensors, owner=owner, is_json=target == JSON)
 
+        here = INLINE_BYTES if source == JSON else INLINE_BINARY_BYTES
         if sharing is None:
-            run = await self._stage(record, "decode", len(body), lambda: prepared(*read()))
+            run = await self._stage(record, "decode", len(body), lambda: prepared(*read()), here)
             reply, tensors = await self._run(run, deadline, record, request.receive, is_backward=is_backward)
         else:
-            asked, given = await self._stage(record, "decode", len(body), read)
+            asked, given = await self._stage(record, "decode", len(body), read, here)
             await self._bring(sharing, asked, owner, record)
-            run = await self._stage(record, "decode", len(body), lambda: prepared(asked, given))
+            run = await self._stage(record, "decode", len(body), lambda: prepared(asked, given), here)
             reply, tensors = await self._run(run, deadline, record, request.receive, is_backward=is_backward)
             sharing.publish(asked, reply, owner)
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        written = await self._stage(record, "encode", nbytes, lambda: write_reply(reply, tensors, target, encoding))
+        here = INLINE_BYTES if target == JSON or encoding == ZSTD else INLINE_BINARY_BYTES
+        written = await self._stage(
+            record, "encode", nbytes, lambda: write_reply(reply, tensors, target, encoding), here
+        )
         _note_outcome(record, reply, tensors)
         record.reply_bytes = written.nbytes
         return written
@@ -330,12 +335,14 @@ class Exchange:
             message = f"the body was not complete after {settings.body_timeout_s:g} s (ARGRAD_BODY_TIMEOUT_S)"
             raise BodyTooSlow(message) from None
 
-    async def _stage(self, record: Record, name: str, nbytes: int, work: Callable[[], T]) -> T:
-        """Time some work, done here if it is small, else on a thread of its own."""
+    async def _stage(
+        self, record: Record, name: str, nbytes: int, work: Callable[[], T], here: int = INLINE_BYTES
+    ) -> T:
+        """Time some work, done here up to so many bytes, else on a thread of its own."""
         began = time.perf_counter()
         record.starts.setdefault(name, began)
         with self.phases.of(name):
-            result = work() if nbytes <= INLINE_BYTES else await self._in_thread(work)
+            result = work() if nbytes <= here else await self._in_thread(work)
         record.stages_ms[name] = record.stages_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - began)
         return result
 
@@ -378,6 +385,5 @@ def _note_outcome(record: Record, reply: Document, tensors: TensorMap) -> None:
     if not isinstance(reply, SolveReply):
         return
     statuses = [reply.status] if isinstance(reply.status, str) else reply.status
-    for status in statuses:
-        record.problems[status] = record.problems.get(status, 0) + 1
+    record.problems = Counter(statuses)
     record.solver, record.iterations = reply.report.solver, tensors.get("report.iterations")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,9 @@ BOUNDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10_000)
 """Upper bounds of the classes; one more class has what is above."""
 
 _BOUNDS = torch.tensor(BOUNDS)
+
+_FEW = 512
+"""Problems up to which Python counts them faster than torch."""
 
 
 class Iterations(Collector):
@@ -32,9 +36,11 @@ class Iterations(Collector):
             iterations: Of each, int64, of any shape, on the CPU.
         """
         counts = self._counts.setdefault(solver, [0] * (len(BOUNDS) + 1))
-        if iterations.numel() == 1:
-            number = int(iterations)
-            counts[bisect_left(BOUNDS, number)] += 1
+        if iterations.numel() <= _FEW:
+            each = iterations.reshape(-1).tolist()
+            number = sum(each)
+            for value, found in Counter(each).items():
+                counts[bisect_left(BOUNDS, value)] += found
         else:
             number = int(iterations.sum())
             classes = torch.bucketize(iterations.reshape(-1), _BOUNDS)

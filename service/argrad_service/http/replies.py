@@ -7,13 +7,13 @@ from starlette.types import Receive, Scope, Send
 
 from argrad.wire import LEAST_BYTES, ZSTD, compress, encode, encoded_size
 from argrad.wire.messages import Message, TensorMap
-from argrad_service.http.body import INLINE_BYTES
+from argrad_service.http.body import INLINE_BINARY_BYTES, INLINE_BYTES
 
 Buffers = list[bytes] | list[bytes | memoryview]
 
 
 class BufferedReply(Response):
-    """A reply of several buffers, which are not joined if they are large.
+    """A reply of several buffers, of which those that are large are not joined.
 
     Args:
         buffers: Their concatenation is the body.
@@ -29,7 +29,8 @@ class BufferedReply(Response):
         self.background = None
         self.body = b""
         self.nbytes = encoded_size(buffers) if nbytes is None else nbytes
-        self._buffers: Buffers = [b"".join(buffers)] if self.nbytes <= INLINE_BYTES else buffers
+        # Each buffer is a message of ASGI, and a write: for small ones that takes longer than the copy.
+        self._buffers: Buffers = [b"".join(buffers)] if self.nbytes <= INLINE_BINARY_BYTES else _gathered(buffers)
         self.raw_headers = [(b"content-length", b"%d" % self.nbytes), (b"content-type", media_type.encode())]
         if encoding is not None:
             self.raw_headers.append((b"content-encoding", encoding.encode()))
@@ -44,6 +45,19 @@ class BufferedReply(Response):
         last = len(self._buffers) - 1
         for i, buffer in enumerate(self._buffers):
             await send({"type": "http.response.body", "body": buffer, "more_body": i < last})
+
+
+def _gathered(buffers: Buffers) -> list[bytes | memoryview]:
+    """The same body with small buffers that follow each other joined."""
+    gathered: list[bytes | memoryview] = []
+    small: list[bytes | memoryview] = []
+    for buffer in buffers:
+        if len(buffer) > INLINE_BYTES:
+            gathered += [b"".join(small), buffer] if small else [buffer]
+            small = []
+        else:
+            small.append(buffer)
+    return [*gathered, b"".join(small)] if small else gathered
 
 
 def write_reply(document: Message, tensors: TensorMap, media_type: str, encoding: str) -> BufferedReply:
