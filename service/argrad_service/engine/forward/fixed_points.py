@@ -259,7 +259,7 @@ class PgdMap:
 
 
 def pgd_map(forward: Forward) -> PgdMap:
-    """Projected gradient's map at the solutions of a batch, its step just short of one over Q's largest eigenvalue."""
+    """Projected gradient's map at the solutions of a batch, its step 1 / (1.2 λ_max(Q))."""
     data, rows = forward.data, forward.factor.factor.rows
     matrix = _active_rows(data, rows)
     length = torch.linalg.vector_norm(matrix, dim=2)
