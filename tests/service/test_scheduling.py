@@ -18,6 +18,7 @@ from argrad_service.scheduling import (
     Scheduler,
     SolverCrashed,
     Stopping,
+    Unfinished,
 )
 
 pytestmark = pytest.mark.anyio
@@ -260,6 +261,19 @@ async def test_time_in_the_queue_is_noted():
         gate.opened.set()
         await running.future
         assert 0.04 < await job.future < 1.0
+
+
+async def test_time_between_slices_counts_as_queued_and_their_own_does_not():
+    slices = iter([0.05, 0.05, 0.05])
+
+    def work(job: Job[float]) -> float:
+        for seconds in slices:
+            time.sleep(seconds)
+            raise Unfinished
+        return job.queued_s
+
+    async with scheduling() as scheduler:
+        assert await scheduler.submit(work, deadline=deadline()).future < 0.05
 
 
 def test_pending_counts_calls_and_bytes():

@@ -70,7 +70,7 @@ class Job(Generic[T]):
     ) -> None:
         self.deadline, self.is_backward, self.share = deadline, is_backward, share
         self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self.submitted_at = clock()
+        self.submitted_at = self._waits_since = clock()
         self.queued_s = 0.0
         self._work: Callable[[Job[T]], T] | None = work
         self._clock = clock
@@ -98,8 +98,12 @@ class Job(Generic[T]):
         self._answer(None, reason)
 
     def leave_queue(self) -> None:
-        """Note how long it waited."""
-        self.queued_s = self._clock() - self.submitted_at
+        """Note how long it waited, this time and before: a large call comes back for each of its slices."""
+        self.queued_s += self._clock() - self._waits_since
+
+    def wait_again(self) -> None:
+        """Note that it goes back to the queue."""
+        self._waits_since = self._clock()
 
     def run(self, stopped: tuple[type[BaseException], ...]) -> bool:
         """Do the work and answer the caller, whatever happens. Solver thread only.

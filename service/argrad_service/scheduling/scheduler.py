@@ -277,6 +277,7 @@ class Scheduler:
                     if self._is_stopping:
                         job.refuse(Stopping())
                     else:
+                        job.wait_again()
                         self._queue.push(job, self._clock())
                         self._changed.notify()
 
