@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+import argrad
 from argrad.errors import ProblemError
 from argrad.transport.address import parse_address
 
@@ -52,3 +55,33 @@ def test_proxies_of_the_environment_are_for_other_hosts_only(monkeypatch: pytest
     assert parse_address("http+unix:///s").proxy is None
     assert parse_address("http://near.example").proxy is None
     assert parse_address("http://far.example").proxy == "http://proxy:3128"
+    monkeypatch.setenv("http_proxy", "proxy:3128")
+    assert parse_address("http://far.example").proxy == "http://proxy:3128"
+
+
+@pytest.mark.parametrize("named", ["socks5://me:secret@proxy:1080", "::bad::", "http://", "http://proxy:99999"])
+@pytest.mark.parametrize("make", [argrad.Client, argrad.AsyncClient])
+def test_what_is_no_proxy_is_refused(monkeypatch: pytest.MonkeyPatch, named: str, make: Any) -> None:
+    monkeypatch.setenv("http_proxy", named)
+    with pytest.raises(ProblemError, match=r"proxy: found '.*' in the environment \(HTTP_PROXY.*NO_PROXY") as caught:
+        make("http://far.example")
+    assert "secret" not in str(caught.value)
+
+
+def test_failures_name_the_proxy_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:1")
+    message = re.escape("http://far.example by the proxy 127.0.0.1:1: ConnectError")
+    with (
+        argrad.Client("http://far.example", retries=0) as client,
+        pytest.raises(argrad.ConnectionFailedError, match=message) as caught,
+    ):
+        client.solvers()
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [argrad.Client, argrad.AsyncClient])
+def test_certificates_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch, make: Any, tmp_path: Path) -> None:
+    (tmp_path / "junk.pem").write_text("junk")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "junk.pem"))
+    with pytest.raises(ProblemError, match=r"^SSL_CERT_FILE=.*junk.pem: found .*, wanted certificates in PEM"):
+        make("https://far.example")

@@ -150,12 +150,12 @@ def test_errors_of_the_service_are_raised_once() -> None:
         pytest.param(httpx.Response(200, content=b"{}"), "Content-Type: found no such header", id="no-type"),
         pytest.param(
             httpx.Response(200, content=b"\x05\0\0\0\0\0\0\0hello", headers={"content-type": SAFETENSORS}),
-            "the reply cannot be read: header",
+            r"the reply of POST http://\S+/v1/solve cannot be read: header",
             id="garbage",
         ),
         pytest.param(
             httpx.Response(200, content=b'{"protocol": 2}', headers={"content-type": "application/json"}),
-            "the reply cannot be read: protocol",
+            r"the reply of POST http://\S+/v1/solve cannot be read: protocol",
             id="other-protocol",
         ),
     ],

@@ -109,7 +109,7 @@ class Stepper:
     def __init__(self, plan: Plan, api_key: str | None) -> None:
         key = None if api_key is None else SecretStr(api_key)
         self._calls = HttpCalls(HttpOptions(urls=[plan.url], api_key=key, policy=RetryPolicy(retries=0)))
-        self._context = httpx.create_ssl_context() if self._calls.addresses[0].base.scheme == "https" else None
+        self._context = self._calls.addresses[0].tls()
         self._plan, self._drawn = plan, draw(plan)
         self._solve = SolveRequest(
             solver=plan.options.solver_document,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import re
+import ssl
 import urllib.request
 from dataclasses import dataclass
+from functools import cached_property
 from urllib.parse import unquote, urlsplit
 
 import httpx
@@ -12,6 +16,8 @@ import httpx
 from argrad.errors import ProblemError
 
 UNIX_SCHEME = "http+unix"
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+"""Variables in which httpx looks for certificates, in its order."""
 _WANTED = "http://host:port, https://host:port, http+unix:///path/of/socket, or 'local'"
 
 
@@ -38,13 +44,45 @@ class Address:
         except ValueError:
             return False
 
-    @property
+    @cached_property
     def proxy(self) -> str | None:
-        """Proxy that the environment names for this host (`HTTPS_PROXY`, `NO_PROXY`, …); None on loopback."""
+        """Proxy that the environment names for this host (`HTTPS_PROXY`, `NO_PROXY`, …); None on loopback.
+
+        Raises:
+            ProblemError: what it names is no proxy that HTTP can use.
+        """
         if self.is_loopback or urllib.request.proxy_bypass(self.base.host):
             return None
         proxies = urllib.request.getproxies()
-        return proxies.get(self.base.scheme) or proxies.get("all")
+        named = proxies.get(self.base.scheme) or proxies.get("all")
+        if named is None:
+            return None
+        url = named if "://" in named else f"http://{named}"  # as curl reads it
+        try:
+            parts = urlsplit(url)
+            is_one = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+            httpx.URL(url)
+        except (ValueError, httpx.InvalidURL):
+            is_one = False
+        if not is_one:
+            shown = re.sub(r"[^/@]*@", "", named)  # no password
+            wanted = "http://host:port or https://host:port, or the service's host in NO_PROXY"
+            raise ProblemError("proxy", f"{shown!r} in the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY)", wanted)
+        return url
+
+    def tls(self) -> ssl.SSLContext | None:
+        """How certificates are checked; None without TLS.
+
+        Raises:
+            ProblemError: the certificates that the environment names cannot be read.
+        """
+        if self.base.scheme != "https":
+            return None
+        try:
+            return httpx.create_ssl_context()
+        except OSError as error:
+            given = (f"{name}={value}" for name in _CERTIFICATES if (value := os.environ.get(name)))
+            raise ProblemError(next(given, "certificates"), str(error), "certificates in PEM") from None
 
     def join(self, path: str) -> httpx.URL:
         """URL of a route, such as `/v1/solve`."""

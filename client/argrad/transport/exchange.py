@@ -162,7 +162,7 @@ def exchange(
         try:
             answer = cast("Answer", (yield Send(outgoing, deadline)))
         except httpx.HTTPError as error:
-            failure = failure_from_httpx(error, target.where)
+            failure = failure_from_httpx(error, target.way)
             failure.__cause__ = error
             if not isinstance(error, TRANSIENT):
                 raise failure from error

@@ -29,7 +29,7 @@ class Pool:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._context: ssl.SSLContext | None = httpx.create_ssl_context() if address.base.scheme == "https" else None
+        self._context: ssl.SSLContext | None = address.tls()
         self._idle: list[Connection] = []
         self._lock = threading.Lock()
         self._is_closed = False

@@ -188,7 +188,7 @@ class Streams:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._context: ssl.SSLContext | None = httpx.create_ssl_context() if address.base.scheme == "https" else None
+        self._context: ssl.SSLContext | None = address.tls()
         self._room = asyncio.Semaphore(LIMITS.max_connections or 100)
         self._idle: list[Stream] = []
         self._is_closed = False

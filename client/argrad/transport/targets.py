@@ -40,6 +40,12 @@ class Target:
         address = self.address
         return str(address.base) if address.uds is None else f"http+unix://{address.uds}"
 
+    @property
+    def way(self) -> str:
+        """Its address, and the proxy on the way, without a password."""
+        proxy = self.address.proxy
+        return self.where if proxy is None else f"{self.where} by the proxy {proxy.rpartition('@')[2]}"
+
 
 class Targets:
     """The addresses of a client.
