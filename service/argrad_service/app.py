@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +16,9 @@ from starlette.exceptions import HTTPException
 
 from argrad._version import __version__
 from argrad.errors import MissingExtraError
-from argrad.wire.messages import SolverDocument, SolveRequest
 from argrad_service import engine as default_engine
 from argrad_service.admission import Limits
-from argrad_service.engine.options import Stopped, never_stop
+from argrad_service.engine.options import Stopped
 from argrad_service.http import openapi
 from argrad_service.http.cors import Cors
 from argrad_service.http.envelope import Envelope
@@ -36,13 +34,13 @@ from argrad_service.http.phases import Phases
 from argrad_service.http.problems import KINDS, answer
 from argrad_service.http.routes import add_routes
 from argrad_service.http.shared_metrics import SharedMetrics
-from argrad_service.keyring import PUBLIC
 from argrad_service.operations import Operations
 from argrad_service.registered import Registrations
 from argrad_service.scheduling import Job, Pending, PendingLimits, Scheduler
 from argrad_service.settings import Settings, load_settings
 from argrad_service.sharing import Sharing, make_shared
 from argrad_service.state import MemoryProblemStore, MemoryStateStore, ProblemStore, Shared, StateStore, TokenSigner
+from argrad_service.warming import PARTS, compiling
 from argrad_service.working import Engine
 
 if TYPE_CHECKING:
@@ -83,6 +81,7 @@ def create_app(
     settings = settings or load_settings()
     log = log or make_logger(settings)
     device = choose_device(settings, engine)
+    has_kernels = engine is default_engine and device.type == "cpu"
     signer = TokenSigner(settings.state_secret.get_secret_value())
     store = store or MemoryStateStore(
         budget_bytes=settings.state_budget_bytes, ttl_s=settings.state_ttl_s, signer=signer, clock=clock
@@ -140,7 +139,7 @@ def create_app(
         await shared.start()
         unlimited = Operations(engine=engine, store=store, limits=Limits(), device=device)
         tasks = [
-            asyncio.create_task(_warm_up(unlimited, scheduler, readiness, log)),
+            asyncio.create_task(_warm_up(unlimited, scheduler, readiness, log, has_kernels=has_kernels)),
             asyncio.create_task(_sweep(store, problems, shared)),
         ]
         if keyring is not None:
@@ -208,18 +207,16 @@ def _tracing_to(endpoint: str | None) -> Tracing | None:
     return Tracing.to(endpoint)
 
 
-async def _warm_up(operations: Operations, scheduler: Scheduler, readiness: Readiness, log: Logger) -> None:
-    """Solve and differentiate one problem on each path, which compiles what is not yet; then say that we are ready."""
+async def _warm_up(
+    operations: Operations, scheduler: Scheduler, readiness: Readiness, log: Logger, *, has_kernels: bool
+) -> None:
+    """Solve and differentiate a problem on each path, which compiles what is not yet; then say that we are ready."""
     began = time.perf_counter()
     try:
-        for solver, rows in itertools.product(("auto", "pdipm"), (1, 4)):
-            work = functools.partial(_solve_small, operations, solver, rows)
-            await scheduler.submit(work, deadline=float("inf")).future
-        for work in (
-            functools.partial(_solve_small, operations, "auto", 1, entropy=1.0),
-            functools.partial(_solve_shared, operations),
-        ):
-            await scheduler.submit(work, deadline=float("inf")).future
+        async with compiling(log, threads=torch.get_num_threads() if has_kernels else 0) as compiled:
+            for name, part in PARTS.items():
+                await compiled(name)
+                await scheduler.submit(functools.partial(_do, part, operations), deadline=float("inf")).future
     except Exception as error:
         readiness.phase, readiness.reason = "failed", f"the first solve failed: {error}"
         log.error("not ready", reason=readiness.reason, exc_info=error)
@@ -228,25 +225,8 @@ async def _warm_up(operations: Operations, scheduler: Scheduler, readiness: Read
         log.info("ready", device=readiness.device, seconds=round(time.perf_counter() - began, 3))
 
 
-def _solve_small(operations: Operations, solver: str, rows: int, _: Job[None], *, entropy: float | None = None) -> None:
-    """Two variables and `rows` inequalities, forward and backward; with an entropy in place of Q."""
-    Q = torch.eye(2, dtype=torch.float64)
-    tensors = {
-        **({"problem.Q": Q} if entropy is None else {"problem.entropy": Q.new_tensor(entropy)}),
-        "problem.q": Q.new_ones(2),
-        "problem.G": Q.new_ones(rows, 2),
-        "problem.h": Q.new_ones(rows),
-        "upstream.z": Q.new_ones(2),
-    }
-    request = SolveRequest(solver=SolverDocument(name=solver))
-    operations.prepare_solve(request, tensors, owner=PUBLIC)(never_stop, {})
-
-
-def _solve_shared(operations: Operations, _: Job[None]) -> None:
-    """A batch that shares Q and rows, as many as its kernels begin at."""
-    Q = torch.eye(48, dtype=torch.float64)
-    tensors = {"problem.Q": Q, "problem.q": -Q[:16], "problem.G": Q, "problem.h": 0.5 * Q.sum(0)}
-    operations.prepare_solve(SolveRequest(keep_state=False), tensors, owner=PUBLIC)(never_stop, {})
+def _do(part: Callable[[Operations], None], operations: Operations, _: Job[None]) -> None:
+    part(operations)
 
 
 async def _sweep(*stores: StateStore | ProblemStore | Shared) -> None:

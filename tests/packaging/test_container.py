@@ -85,6 +85,15 @@ def test_image_installs_by_the_makefile_own_target_in_both_variants():
     assert "pip --disable-pip-version-check install --quiet --constraint constraints-cpu.txt" in planned.stdout
 
 
+def test_image_has_its_kernels_compiled_after_all_that_changes_their_time():
+    steps = [rest for word, rest in instructions() if word in {"COPY", "RUN"}]
+    (compiles,) = [i for i, rest in enumerate(steps) if "argrad_service.warming --for-image" in rest]
+    assert compiles > steps.index("service service")
+    assert re.search(r"find client service .* touch --date=\S+00Z .*warming --for-image", steps[compiles])
+    assert steps[compiles + 1 :] == [rest for word, rest in last_stage() if word in {"COPY", "RUN"}]
+    assert not any("NUMBA" in rest for word, rest in instructions() if word == "ENV"), "it finds them by itself"
+
+
 def test_everything_the_image_copies_exists_and_is_not_ignored():
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for source in (s for sources in copied_from_context() for s in sources):
