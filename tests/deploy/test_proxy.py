@@ -60,6 +60,14 @@ def test_a_domain_brings_tls_and_its_absence_does_not():
     assert ":8443" in {address for server in named.values() for address in server["listen"]}
 
 
+def test_listed_replicas_are_asked_for_their_readiness():
+    server = adapted(ARGRAD_FIND="listed", ARGRAD_UPSTREAMS="10.0.0.5:8000 10.0.0.6:8000")["apps"]["http"]["servers"]
+    text = json.dumps(server)
+    assert '"upstreams": [{"dial": "10.0.0.5:8000"}, {"dial": "10.0.0.6:8000"}]' in text
+    assert '"active": {"interval": 1000000000, "timeout": 2000000000, "uri": "/health/ready"}' in text
+    assert '"source": "a"' not in text
+
+
 def test_nothing_can_change_the_proxy_while_it_runs():
     assert adapted()["admin"] == {"disabled": True, "config": {"persist": False}}
 
@@ -99,10 +107,12 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     caddy()  # skips before anything is started
     port, metrics_port, key = free_port(), free_port(), new_key()
     append_line(place / "api-keys", stored_line("tests", key))
-    with running_redis(free_port()) as redis:
+    (place / "secrets").mkdir()
+    with running_redis(free_port(), password="a password") as redis:
+        (place / "secrets" / "ARGRAD_REDIS_URL").write_text(redis.url + "\n")
         settings = composed("argrad") | {
             "ARGRAD_API_KEYS_FILE": str(place / "api-keys"),
-            "ARGRAD_REDIS_URL": redis.url,
+            "ARGRAD_SECRETS_DIR": str(place / "secrets"),
             "ARGRAD_SHARED_STATE_BYTES": "0",  # who holds a state is what is tested
             "ARGRAD_TORCH_THREADS": "1",
             "ARGRAD_DRAIN_DELAY_S": "1",
@@ -236,7 +246,9 @@ def test_a_body_goes_through_while_it_is_still_being_sent(deployment: Deployment
 def test_a_body_over_the_limit_is_refused_by_the_proxy_itself(deployment: Deployment, tmp_path: Path):
     port = deployment.replicas[0].port
     with proxy(deployment.names, port, tmp_path / "log", ARGRAD_MAX_BODY_BYTES="1MiB") as (url, _):
-        response = httpx.post(f"{url}/v1/solve", content=bytes(1024**2 + 1), trust_env=False)
+        # Without key and type the replica may refuse by the head, before the proxy has seen how long the body is.
+        head = {"Authorization": f"Bearer {deployment.key}", "Content-Type": SAFETENSORS}
+        response = httpx.post(f"{url}/v1/solve", content=bytes(1024**2 + 1), headers=head, trust_env=False)
     assert (response.status_code, response.json()["type"]) == (413, "too-large")
 
 
@@ -266,6 +278,70 @@ def test_the_keys_of_a_killed_replica_move_and_no_others_and_come_back(deploymen
         return lost.posts("/v1/solve") == before + len(home)
 
     wait_until(is_back)
+
+
+@pytest.mark.slow
+def test_a_listed_replica_that_drains_gets_no_new_calls_and_the_others_keep_their_keys(
+    deployment: Deployment, tmp_path: Path
+):
+    addresses = " ".join(replica.url.removeprefix("http://") for replica in deployment.replicas)
+    environment = {"ARGRAD_FIND": "listed", "ARGRAD_UPSTREAMS": addresses, "XDG_DATA_HOME": str(tmp_path)}
+    bearer = {"Authorization": f"Bearer {deployment.key}"}
+    leaving, *_ = deployment.replicas
+    usual = leaving.settings
+    leaving.stop()
+    leaving.settings = {**usual, "ARGRAD_DRAIN_DELAY_S": "60"}
+    leaving.start()
+    leaving.wait_until_ready()
+
+    def posts() -> list[float]:
+        return [replica.posts("/v1/solve") for replica in deployment.replicas]
+
+    with (
+        proxy(deployment.names, 1, tmp_path / "log", **environment) as (url, _),
+        httpx.Client(base_url=url, trust_env=False, timeout=60, headers=bearer) as client,
+    ):
+        before = posts()
+        homes: dict[str, int] = {}
+        for key in (f"listed-{i}" for i in range(KEYS)):
+            deployment.solve(client, key)
+            now = posts()
+            (homes[key],) = [i for i in range(len(HOSTS)) if now[i] > before[i]]
+            before = now
+        assert set(homes.values()) == {0, 1, 2}
+        assert leaving.process is not None
+        leaving.process.terminate()
+        try:
+            wait_until(lambda: httpx.get(f"{leaving.url}/health/ready", trust_env=False).status_code == 503)
+            time.sleep(1.5)  # it is asked every second
+            before = posts()
+            tokens = {key: deployment.solve(client, key) for key in homes}
+            after = posts()
+            assert after[0] == before[0], "it would still take calls, and gets none"
+            assert leaving.process.poll() is None
+            own = [list(homes.values()).count(i) for i in range(len(HOSTS))]
+            assert all(after[i] - before[i] >= own[i] for i in (1, 2))
+            assert sum(after) - sum(before) == KEYS
+            assert all(deployment.has_state(client, token, key) for key, token in tokens.items())
+            leaving.process.terminate()  # a second signal ends it at once
+            leaving.process.wait(20)
+        finally:
+            leaving.stop()
+            leaving.settings = usual
+            leaving.start()
+            leaving.wait_until_ready()
+        wait_until(lambda: _is_home(deployment, client, homes, posts))
+
+
+def _is_home(
+    deployment: Deployment, client: httpx.Client, homes: dict[str, int], posts: Callable[[], list[float]]
+) -> bool:
+    """Whether every key is served by the replica that it had."""
+    before = posts()
+    for key in homes:
+        deployment.solve(client, key)
+    found = [now - b for now, b in zip(posts(), before, strict=True)]
+    return found == [list(homes.values()).count(i) for i in range(len(HOSTS))]
 
 
 def losses(client: argrad.Client, steps: int, after: Callable[[int], None] = lambda _: None) -> list[float]:
