@@ -110,6 +110,14 @@ bench: $(BENCH_VENV)/with-bench $(PEERS)/qpth ## time argrad beside its peers; B
 bench-serving: $(SERVING_VENV)/with-serving ## measure the service beside Tesseract and without batching; BENCH="--quick"
 	@$(STEADY) $(SERVING_VENV)/bin/python examples/with_service.py --fresh $(SERVING_VENV)/bin/python -m benchmarks.serving $(BENCH)
 
+.PHONY: bench-state
+bench-state: $(VENV)/with-dev ## measure what Redis adds to a training step; BENCH="--steps 3000"
+	@$(STEADY) $(BIN)/python -m benchmarks.state_latency $(BENCH)
+
+.PHONY: bench-replicas
+bench-replicas: $(VENV)/with-dev ## measure three replicas behind the proxy beside one; BENCH="--replicas 2 --seconds 10"
+	@$(STEADY) $(BIN)/python -m benchmarks.replicas $(BENCH)
+
 .PHONY: bench-page
 bench-page: $(BENCH_VENV)/with-bench ## write docs/benchmarks.md from the newest results
 	@$(BENCH_VENV)/bin/python -m benchmarks --page

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,23 @@ def circumstances() -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
+
+
+def write_results(results: Mapping[str, Any], folder: str, name: str, *, is_trial: bool, out: Path | None) -> Path:
+    """Write a results file of its day and commit.
+
+    Args:
+        results: With `date` and `commit` of `circumstances`.
+        folder: Of `benchmarks/results`.
+        name: End of the file's name.
+        is_trial: Whether it is kept among trials instead.
+        out: Another place.
+    """
+    place = ROOT / (".cache/bench-trials" if is_trial else f"benchmarks/results/{folder}")
+    target = out or place / f"{results['date'][:10]}-{results['commit'].rstrip('+')}-{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(results, indent=1) + "\n")
+    return target
 
 
 def load() -> float:
