@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from argrad_service.scheduling.drain import Drain
 
 
@@ -47,3 +49,12 @@ def test_nobody_waits_more_than_a_minute_and_the_line_is_forgotten_in_time():
     drain.end(1)
     clock.now += 1000
     assert drain.next_place_s() == 50
+
+
+def test_a_minute_is_a_minute_at_any_reading_of_the_clock():
+    clock = Clock()
+    drain = Drain(1, clock)
+    drain.begin(1, 1)
+    for now in range(1, 100_000, 7):
+        clock.now = 200.0 + now * math.pi
+        assert drain.next_place_s() <= 60

@@ -51,4 +51,4 @@ class Drain:
         self._next_place_at = max(self._next_place_at, now) + job_s / self.threads
         # A place that is further away than anybody is told to wait is nobody's.
         self._next_place_at = min(self._next_place_at, now + _MAX_WAIT_S)
-        return max(1, math.ceil(self._next_place_at - now))
+        return min(_MAX_WAIT_S, max(1, math.ceil(self._next_place_at - now)))  # a sum may round to more than its parts
