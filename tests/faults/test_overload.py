@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import json
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -25,7 +28,8 @@ SOLVE_S = 0.1
 
 QUEUE = 8
 FACTOR = 5
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
+LONG_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,33 +69,72 @@ class Load:
         return self.statuses[200] / self.seconds
 
 
-async def call(client: httpx.AsyncClient, work: Work, load: Load) -> None:
+class Caller:
+    """Sends one request again and again, on as many connections as it takes; costs a tenth of what httpx does.
+
+    Callers that are slower than the service they overload would be the ones whose calls wait.
+
+    Args:
+        url: Of the service.
+        document: Of the request.
+    """
+
+    def __init__(self, url: str, document: dict[str, Any]) -> None:
+        parts, body = urlsplit(url), json.dumps(document).encode()
+        self._address = parts.hostname, parts.port
+        head = f"POST /v1/solve HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Length: {len(body)}\r\n"
+        self._request = f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def post(self) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the reply."""
+        while self._idle:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # closed while nobody used it
+                return await self._exchange(*self._idle.pop())
+        return await self._exchange(*await asyncio.open_connection(*self._address))
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> tuple[int, dict[str, str], bytes]:
+        try:
+            writer.write(self._request)
+            first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+            body = await reader.readexactly(int(headers["content-length"]))
+        except BaseException:
+            writer.close()
+            raise
+        self._idle.append((reader, writer))
+        return int(first.split()[1]), headers, body
+
+    def close(self) -> None:
+        """Close the connections."""
+        for _, writer in self._idle:
+            writer.close()
+
+
+async def call(caller: Caller, work: Work, load: Load) -> None:
     began = time.perf_counter()
-    reply = await client.post("/v1/solve", json=work.document)
+    status, headers, body = await asyncio.wait_for(caller.post(), PATIENCE_S)
     load.took_s.append(time.perf_counter() - began)
-    load.statuses[reply.status_code] += 1
-    if reply.status_code == 200:
-        assert reply.json()["solution"]["z"] == pytest.approx(work.wanted, rel=1e-9, abs=1e-12)
+    load.statuses[status] += 1
+    if status == 200:
+        assert json.loads(body)["solution"]["z"] == pytest.approx(work.wanted, rel=1e-9, abs=1e-12)
     else:
-        assert reply.json()["type"] == "overloaded"
-        load.retry_after.append(reply.headers.get("retry-after"))
-
-
-def client_of(url: str) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S, limits=limits)
+        assert json.loads(body)["type"] == "overloaded"
+        load.retry_after.append(headers.get("retry-after"))
 
 
 async def closed_loop(url: str, work: Work, seconds: float) -> Load:
     """As many callers as keep the solver busy, each of which calls again once it has its result: the peak."""
     load, began = Load(), time.monotonic()
 
-    async def call_on(client: httpx.AsyncClient) -> None:
+    async def call_on(caller: Caller) -> None:
         while time.monotonic() < began + seconds:
-            await call(client, work, load)
+            await call(caller, work, load)
 
-    async with client_of(url) as client:
-        await asyncio.gather(*(call_on(client) for _ in range(work.callers)))
+    with contextlib.closing(Caller(url, work.document)) as caller:
+        await asyncio.gather(*(call_on(caller) for _ in range(work.callers)))
     load.seconds = time.monotonic() - began  # the last calls were counted, and so is their time
     return load
 
@@ -99,11 +142,11 @@ async def closed_loop(url: str, work: Work, seconds: float) -> Load:
 async def open_loop(url: str, work: Work, rate: float, seconds: float) -> Load:
     """So many calls a second, whatever becomes of those before."""
     load, calls = Load(), set[asyncio.Task[None]]()
-    async with client_of(url) as client:
+    with contextlib.closing(Caller(url, work.document)) as caller:
         began, sent = time.monotonic(), 0
         while (now := time.monotonic() - began) < seconds:
             for _ in range(int(now * rate) - sent):
-                calls.add(asyncio.create_task(call(client, work, load)))
+                calls.add(asyncio.create_task(call(caller, work, load)))
             sent = int(now * rate)
             await asyncio.sleep(0.005)
         await asyncio.gather(*calls)
@@ -143,7 +186,7 @@ def test_the_real_engine_in_a_process_of_its_own_keeps_its_goodput_too(tmp_path:
         "h": torch.full((20,), 0.3, dtype=D),
     }
     options = {"polish": False, "adaptive": False, "rho": 0.01}
-    solver = {"name": "admm", "tolerance": 1e-12, "max_iterations": 2000, "options": options}
+    solver = {"name": "admm", "tolerance": 1e-12, "max_iterations": 1000, "options": options}
     document = {
         "problem": {name: tensor.tolist() for name, tensor in given.items()},
         "solver": solver,
@@ -166,5 +209,6 @@ def check(url: str, work: Work, seconds: float) -> None:
     assert set(load.statuses) == {200, 429}, load.statuses
     assert load.goodput >= 0.9 * peak.goodput, (load.goodput, peak.goodput)
     assert all(text is not None and 1 <= int(text) <= 60 for text in load.retry_after)
-    assert max(load.took_s) < PATIENCE_S / 2, "no call hangs"
+    # Who is let in waits for those in the queue and for as many that are being solved; three times as long is a hang.
+    assert max(load.took_s) < max(LONG_S, 3 * (2 * QUEUE + 1) / load.goodput), "no call hangs"
     assert (after["queued"], after["running"], after["restarts"]) == (0, 0, 0)
