@@ -12,7 +12,7 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 
 def enter_checkout(root: Path) -> None:
@@ -38,6 +38,9 @@ def _jaxtyping() -> ModuleType:
 
 class _BaseModel:
     """The fields that were given, and the defaults of the rest."""
+
+    model_fields: ClassVar[dict[str, Any]] = {}
+    """None are declared: nothing is said of options that nobody gave."""
 
     def __init__(self, **given: Any) -> None:
         for name, value in given.items():
