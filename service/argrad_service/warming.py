@@ -19,14 +19,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import llvmlite.binding
-import numba
 import torch
 
 from argrad.wire.messages import SolverDocument, SolveRequest
 from argrad_service import engine
 from argrad_service.admission import Limits
-from argrad_service.engine.kernels import COMPILED, cache_folder, digest, portable
 from argrad_service.engine.options import never_stop
 from argrad_service.keyring import PUBLIC
 from argrad_service.operations import Operations
@@ -165,8 +162,24 @@ def _helpers(count: int) -> dict[str, subprocess.Popen[bytes]]:
     return found
 
 
+def cache_folder() -> Path:
+    """Where what is compiled is kept.
+
+    Kernels are imported here and not above: that may make a folder for this process, and `argrad serve` starts itself
+    anew after its imports.
+    """
+    from argrad_service.engine import kernels
+
+    return kernels.cache_folder()
+
+
 def _marker() -> Path:
     """A file in the cache that says that everything is compiled: by these sources, for this processor."""
+    from argrad_service.engine.kernels import digest  # before numba, which then reads what this chooses
+
+    import llvmlite.binding  # isort: skip
+    import numba  # isort: skip
+
     processor = os.environ.get("NUMBA_CPU_NAME") or llvmlite.binding.get_host_cpu_name()
     about = (digest(), numba.__version__, sys.version, processor)
     return cache_folder() / f"all-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
@@ -216,7 +229,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--for-image", action="store_true", help="for any processor of this one's kind")
     given = parser.parse_args(argv)
     if given.for_image:
-        # numba reads these when it is imported, which it is.
+        from argrad_service.engine.kernels import COMPILED, portable
+
+        # numba reads these when it is imported, which may have been.
         os.environ.update(portable(), NUMBA_CACHE_DIR=str(COMPILED))
         os.execv(sys.executable, [sys.executable, "-m", "argrad_service.warming"])  # noqa: S606
     signer = TokenSigner("compiles, and signs nothing")
