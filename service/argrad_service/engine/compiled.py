@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +15,16 @@ from torch import Tensor
 from argrad_service.engine.active_set import Rows
 from argrad_service.engine.data import Data, Residuals
 from argrad_service.engine.kernels import batch as kernels
-from argrad_service.engine.kernels import shared_rows, small
+from argrad_service.engine.kernels import outer, shared_rows, small
 from argrad_service.engine.kernels.active_set import NOT_DEFINITE
 from argrad_service.engine.kernels.lapack import LETTERS, Lapack, load
 from argrad_service.engine.kernels.pool import blas_for, over_batch
 from argrad_service.engine.options import ShouldStop, never_stop
-from argrad_service.engine.point import Finished, RowsFactor
+from argrad_service.engine.point import Finished, FormsGradients
 
 Array = NDArray[np.float64]
 
+_NOTHING = np.empty((0, 0, 0))
 _WHITENED = "whitened"
 _INVERSE = "inverse"
 
@@ -85,12 +87,13 @@ class Solved:
     worst: float
 
 
-def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
+def solve_batch(data: Data, should_stop: ShouldStop = never_stop, given_Q: Tensor | None = None) -> Solved:
     """Solve strictly convex QPs; what is not strictly convex or not decided says so in its code.
 
     Args:
         data: The problems.
         should_stop: Asked between pieces of the batch.
+        given_Q: Of a batch of small problems whose symmetric parts data.Q has room for, and gets.
 
     Raises:
         Stopped: should_stop() was true.
@@ -99,6 +102,8 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
     batch, n, r = data.B, data.n, d.shape[1]
     most, is_small = min(r, n), _is_small(n, r)
     takes_gram = is_small or r <= n
+    # The kernel for small problems writes to all of it, the others to what they have solved.
+    room: Callable[..., Any] = np.empty if is_small else np.zeros
     lapack, work = _lapack(), (np.zeros(4, np.int32), LETTERS, np.zeros(2))
     shares_q, shares_both = len(Q) == 1, len(Q) == len(C) == 1
     prepared, sources = data.prepared, (data.Q, data.C)
@@ -115,13 +120,13 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
         X=X,
         scale=scale,
         S=np.empty((batch, most, most)),
-        index=np.zeros((batch, most), np.int64),
+        index=room((batch, most), np.int64),
         count=np.zeros(batch, np.int64),
     )
     code = np.full(batch, NOT_DEFINITE)
-    active, steps = np.zeros((batch, r), np.bool_), np.zeros(batch, np.int64)
-    z, y, s = np.zeros((batch, n)), np.zeros((batch, r)), np.zeros((batch, r - data.p))
-    report = np.zeros((batch, 5))
+    active, steps = room((batch, r), np.bool_), np.zeros(batch, np.int64)
+    z, y, s, report = room((batch, n)), room((batch, r)), room((batch, r - data.p)), room((batch, 5))
+    asymmetric = _NOTHING if given_Q is None else _array(given_Q)
     with blas_for(n**3 / 3 + (r * n * n + r * r * n if shares_both else 0)):
         is_definite = ready is not None or not shares_q or kernels.factor_hessian(lapack, Q[0], L[0], work)
         if is_definite and shares_both and ready is None:
@@ -136,7 +141,7 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
 
         def run(start: int, stop: int) -> None:
             if is_small:
-                small.solve_small_range(start, stop, *given)
+                small.solve_small_range(start, stop, asymmetric, *given)
             elif inverse is not None:
                 shared = (f.L, f.X, f.scale, gram, inverse, *arrays[4:])
                 shared_rows.solve_shared_range(lapack, LETTERS, start, stop, Q, q, C, d, data.p, *shared)
@@ -164,7 +169,7 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop) -> Solved:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CompiledFactor(RowsFactor):
+class CompiledFactor(FormsGradients):
     """The KKT systems of a batch whose every problem the kernels solved; stands in for an `ActiveSetFactor`.
 
     Args:
@@ -227,10 +232,49 @@ class CompiledFactor(RowsFactor):
         Returns:
             x `(B, j, n)`, y `(B, j, p + m)`, zero on rows that are not active, and the relative residuals `(B,)`.
         """
+        return tuple(torch.from_numpy(a) for a in self._solve_rows(r1, r2, None))  # type: ignore[return-value]
+
+    @property
+    def forms_gradients(self) -> bool:
+        """Whether `gradients` works: for problems so small that passing over them once more is what takes the time."""
+        return _is_small(self.data.n, self.data.d.shape[1])
+
+    def gradients(self, z: Tensor, y: Tensor, g_z: Tensor, wrt: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of batched parameters from a cotangent of z, formed by whoever solves for the adjoint.
+
+        Args:
+            z: `(B, n)`, the solution.
+            y: `(B, p + m)`, its multipliers.
+            g_z: `(B, n)`.
+            wrt: Names of parameters, all of which have a batch dimension.
+
+        Returns:
+            By name `(B, …)`, and the relative residuals `(B,)`.
+        """
+        batch, n = g_z.shape
+        p, m = self.data.p, self.data.d.shape[1] - self.data.p
+        shapes = {"Q": (n, n), "G": (m, n), "A": (p, n)}
+        found = {name: np.empty((batch if name in wrt else 0, *shape)) for name, shape in shapes.items()}
+        point = _array(z), _array(y)
+
+        def form(start: int, stop: int, x: Array, d_y: Array) -> None:
+            outer.form_range(start, stop, p, *point, x, d_y, found["Q"], found["G"], found["A"])
+
+        x, d_y, error = self._solve_rows(-g_z.unsqueeze(1), None, form)
+        if not np.isfinite(x.sum()):
+            error[:] = np.nan  # nobody has looked at the cotangent
+        vectors = {"q": x[:, 0], "b": -d_y[:, 0, :p], "h": -d_y[:, 0, p:]}
+        gradients = {name: torch.from_numpy(vectors[name] if name in vectors else found[name]) for name in wrt}
+        return gradients, torch.from_numpy(error)
+
+    def _solve_rows(
+        self, r1: Tensor, r2: Tensor | None, then: Callable[[int, int, Array, Array], None] | None
+    ) -> tuple[Array, Array, Array]:
+        """`solve_rows` on arrays; `then` is called in the same thread when a range is solved."""
         data, f = self.data, self.factors
         batch, count, n = r1.shape
         rows = data.d.shape[1]
-        right = np.empty((0, 0, 0)) if r2 is None else _array(r2)
+        right = _NOTHING if r2 is None else _array(r2)
         x, y, error = np.empty((batch, count, n)), np.zeros((batch, count, rows)), np.empty(batch)
         lapack, is_small = _lapack(), _is_small(n, rows)
         given = (
@@ -254,9 +298,11 @@ class CompiledFactor(RowsFactor):
                 small.differentiate_small_range(start, stop, *given)
             else:
                 kernels.differentiate_range(lapack, LETTERS, start, stop, *given)
+            if then is not None:
+                then(start, stop, x, y)
 
         over_batch(run, batch, work=count * (6.0 * n * n + 1e3), uses_blas=not is_small)
-        return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(error)
+        return x, y, error
 
 
 def finish(data: Data, solved: Solved) -> Finished:

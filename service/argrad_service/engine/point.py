@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -70,6 +71,19 @@ class RowsFactor(ABC):
     @abstractmethod
     def solve_rows(self, r1: Tensor, r2: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Solve for r₁ `(B, j, n)`, r₂ `(B, j, p + m)`, None for zeros; results likewise, and the relative residual."""
+
+
+class FormsGradients(RowsFactor):
+    """A `RowsFactor` that may form gradients too, while what it solved for is at hand."""
+
+    @property
+    @abstractmethod
+    def forms_gradients(self) -> bool:
+        """Whether it does, for problems of this size."""
+
+    @abstractmethod
+    def gradients(self, z: Tensor, y: Tensor, g_z: Tensor, wrt: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of batched parameters, from a cotangent of z `(B, n)`, and the relative residuals `(B,)`."""
 
 
 @runtime_checkable

@@ -23,6 +23,9 @@ PIECES_PER_THREAD = 4
 SMALLEST_BATCH = 8
 """A smaller batch is not worth waking a thread for."""
 
+SMALLEST_WORK = 6e5
+"""Less work is done, in a third of a millisecond, before another thread is awake and has come back."""
+
 PIECE_WORK = 1e9
 """Floating-point operations of a piece at most, unless one problem has more: so often is `should_stop` asked."""
 
@@ -97,7 +100,7 @@ def over_batch(
         kernel(start, stop)
 
     count = 1 if is_in_one_thread() else threads()
-    is_small = count == 1 or batch < SMALLEST_BATCH or batch * work < 2e5
+    is_small = count == 1 or batch < SMALLEST_BATCH or batch * work < SMALLEST_WORK
     pieces = min(batch, max(1 if is_small else count * PIECES_PER_THREAD, math.ceil(batch * work / PIECE_WORK)))
     edges = [batch * i // pieces for i in range(pieces + 1)]
     if is_small:
