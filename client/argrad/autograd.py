@@ -149,7 +149,10 @@ def _concluded(
         raise SolveError(statuses, record.failed)
     if record.failed:
         blocks = after_failure(record, parameters, blocks)
-    return owned(blocks, record.blocks)
+    if here is None or record.failed:
+        return owned(blocks, record.blocks)
+    # What was solved here holds no more than its own numbers, and autograd sees to it that nobody changes them.
+    return tuple(block.clone() if (block := blocks[name])._is_view() else block for name in record.blocks)
 
 
 class _Solve(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -107,6 +107,13 @@ class SolvedHere(Protocol):
 
     def adjoint(self, cotangents: Mapping[str, Tensor], *, failed: FailedGradients, timeout_s: float | None) -> Derived:
         """The adjoint of cotangents of the caller's blocks."""
+        ...
+
+    def gradients(self, g_z: Tensor, wrt: Collection[str]) -> dict[str, Tensor] | None:
+        """Gradients of the caller's parameters at once, from a cotangent of z whose values nobody has looked at.
+
+        None where the backend has no shortcut to them, or where one does not exist: `adjoint` says what is the matter.
+        """
         ...
 
     def tangents(self, tangents: Mapping[str, Tensor], *, failed: FailedGradients, timeout_s: float | None) -> Derived:

@@ -205,11 +205,26 @@ class Gradients(torch.autograd.Function):
 
 def formed(record: Recorded, wrt: tuple[str, ...], *operands: Any) -> Blocks:
     """Gradients of the parameters named in `wrt`, from the adjoint, by operations that torch sees through."""
-    parameters, solution, _ = record.unpack(operands, len(record.blocks))
+    parameters, solution, given = record.unpack(operands, len(record.blocks))
+    if record.here is not None and not torch.is_grad_enabled():
+        known = _formed_here(record, wrt, parameters, given)
+        if known is not None:
+            return known
     is_wanted = [name in wrt for name in record.names]
     # Where no graph is built there is nothing for a Function to note, which would take longer than a small adjoint.
     adjoint = apply(Adjoint, record, *operands) if torch.is_grad_enabled() else Adjoint.forward(record, *operands)
     return form(record, parameters, is_wanted, record.named_blocks(solution), adjoint)
+
+
+def _formed_here(
+    record: Recorded, wrt: tuple[str, ...], parameters: Sequence[Tensor], given: Sequence[Tensor | None]
+) -> Blocks | None:
+    """Gradients without an adjoint, where this process knows a way, for a loss of z alone."""
+    g_z, *others = given
+    here = record.here_for(parameters)
+    if here is None or record.failed or g_z is None or any(cotangent is not None for cotangent in others):
+        return None
+    return here.gradients(g_z, wrt)
 
 
 def merge(size: int, record: Recorded, parameters: Sequence[Tensor], dims: Dims) -> tuple[Fold, list[Tensor]]:

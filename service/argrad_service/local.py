@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ from argrad.wire.messages import (
 from argrad_service import assembly
 from argrad_service import engine as default_engine
 from argrad_service.admission import Limits
+from argrad_service.engine.backward import kkt
 from argrad_service.engine.options import ShouldStop, Stopped
-from argrad_service.engine.outcome import Outcome
+from argrad_service.engine.outcome import Forward, Outcome
 from argrad_service.operations import Operations
 from argrad_service.registered import Registrations
 from argrad_service.solves import jvp, vjp
@@ -158,6 +159,18 @@ class SolvedHere:
             backward = vjp(self._engine, outcome, canonical, self._differentiation)
             blocks = assembly.adjoint_blocks(form, outcome, backward, failed)
         return Derived(blocks=blocks, statuses=backward.gradient_status, method=backward.method)
+
+    def gradients(self, g_z: Tensor, wrt: Collection[str]) -> dict[str, Tensor] | None:
+        """Gradients of batched parameters at once, from a cotangent of z alone; None where it takes an adjoint."""
+        outcome, form = self._outcome, self._form
+        if not isinstance(outcome, Forward) or form.row_map.size:
+            return None
+        if self._differentiation.method not in _DIRECT or self._differentiation.options:
+            return None
+        if form.problem.dtype != torch.float64 or g_z.dtype != torch.float64 or g_z.shape != outcome.solution.z.shape:
+            return None
+        with torch.no_grad():
+            return kkt.gradients(outcome, g_z, wrt)
 
     def tangents(self, tangents: Mapping[str, Tensor], *, failed: FailedGradients, timeout_s: float | None) -> Derived:
         """Tangents of the caller's blocks, of tangents of the caller's parameters."""

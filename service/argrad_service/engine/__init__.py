@@ -19,6 +19,7 @@ from torch import Tensor
 from argrad.errors import MissingExtraError
 from argrad.problems import QP, Solution, Status
 from argrad.problems.sparse import SparseQP
+from argrad_service.engine import shortcut
 from argrad_service.engine.data import Data, stack
 from argrad_service.engine.finish import Guess
 from argrad_service.engine.forward import pivoting
@@ -97,6 +98,10 @@ def solve(
     options = options or SolverOptions()
     if isinstance(problem, SparseQP):
         return cast("Outcome", _sparse().solve(problem, solver=solver, options=options))
+    if solver in shortcut.NAMES and warm_start is None and prepared is None and _is_on_cpu(problem, device):
+        outcome = shortcut.solve(problem, options)
+        if outcome is not None:
+            return outcome
     problem, data = _prepare(problem, device, prepared)
     warm = None if warm_start is None else _guess(data, warm_start)
     chosen, options = find_solver(solver, data, options, warm)
@@ -228,6 +233,10 @@ def _fall_back(data: Data, point: Point, options: SolverOptions) -> None:
     undecided = torch.nonzero(point.status == CODE[Status.MAX_ITERATIONS]).squeeze(-1)
     if len(undecided):
         fall_back(data, undecided, point, options)
+
+
+def _is_on_cpu(problem: QP, device: torch.device | None) -> bool:
+    return (device or default_device()).type == problem.q.device.type == "cpu"
 
 
 def _prepare(problem: QP, device: torch.device | None, prepared: Prepared | None) -> tuple[QP, Data]:

@@ -14,18 +14,24 @@ the last interior iterate's; ∂G as printed there is wrong (see `argrad.problem
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from argrad.problems import Solution
 from argrad.problems.qp import log_slope
-from argrad_service.engine.backward.adjoints import conclude_adjoint, gradient_flags, read_cotangents, verdicts
+from argrad_service.engine.backward.adjoints import (
+    INACCURATE,
+    conclude_adjoint,
+    gradient_flags,
+    read_cotangents,
+    verdicts,
+)
 from argrad_service.engine.data import matvec
 from argrad_service.engine.options import OwnOptions
 from argrad_service.engine.outcome import Backward, Forward, Tangents
-from argrad_service.engine.point import RowsFactor
+from argrad_service.engine.point import FormsGradients, RowsFactor
 
 NAME = "kkt"
 
@@ -53,6 +59,32 @@ def vjp(forward: Forward, upstream: Mapping[str, Tensor], options: Options) -> B
     d_z, d_y, error = factor.solve(-given.g_z.permute(1, 2, 0), -factor.rows.gather(given.g_y).permute(1, 2, 0))
     full = factor.rows.scatter(d_y.permute(2, 0, 1), data.d.shape[1])
     return conclude_adjoint(forward, given, d_z.permute(2, 0, 1), full, error=error, method=NAME)
+
+
+def gradients(forward: Forward, g_z: Tensor, wrt: Collection[str]) -> dict[str, Tensor] | None:
+    """Gradients of batched parameters from a cotangent of z alone, where the solver left what forms them at once.
+
+    It makes one pass over small problems of what `vjp` and `argrad.problems.gradients` make several of, with the same
+    numbers.
+
+    Args:
+        forward: Outcome of the forward solve.
+        g_z: Cotangent of z, `(B, n)`, float64; its values were not looked at.
+        wrt: Names of parameters that have a batch dimension.
+
+    Returns:
+        Gradients by name; None where this shortcut does not lead to all of them, and `vjp` is to be asked.
+    """
+    kkt = forward.factor
+    factor = kkt.factor
+    if not isinstance(factor, FormsGradients) or not factor.forms_gradients or not kkt.is_regular:
+        return None
+    problem, solution = forward.problem, forward.solution
+    if problem.entropy is not None or not all(problem.is_batched(name) for name in wrt):
+        return None
+    y = solution.lam if problem.p == 0 else torch.cat([solution.nu, solution.lam], dim=1)
+    formed, error = factor.gradients(solution.z, y, g_z, wrt)
+    return formed if bool((error <= INACCURATE).all()) else None
 
 
 def jvp(forward: Forward, tangents: Mapping[str, Tensor], options: Options) -> Tangents:  # noqa: ARG001 - every method's signature
