@@ -151,8 +151,16 @@ def _concluded(
         blocks = after_failure(record, parameters, blocks)
     if here is None or record.failed:
         return owned(blocks, record.blocks)
-    # What was solved here holds no more than its own numbers, and autograd sees to it that nobody changes them.
-    return tuple(block.clone() if (block := blocks[name])._is_view() else block for name in record.blocks)
+    return tuple(_alias(blocks[name]) for name in record.blocks)
+
+
+def _alias(block: Tensor) -> Tensor:
+    """A block of what was solved here, without a copy where it has memory of its own.
+
+    Autograd sees to it that nobody differentiates what was changed. Another tensor it must be: what comes out of a
+    Function holds the Function, and that the outcome with its blocks.
+    """
+    return block.clone() if block._is_view() else block.new_empty(0).set_(block)  # type: ignore[call-overload]
 
 
 class _Solve(torch.autograd.Function):

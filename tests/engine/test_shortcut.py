@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import fields
 
 import pytest
@@ -168,3 +170,19 @@ def test_a_solution_changed_in_place_is_not_differentiated() -> None:
         z.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_solve_is_freed_with_its_solution() -> None:
+    """Not by the collector of cycles, which lets many steps' memory pile up."""
+    layer = argrad.nn.QPLayer("local")
+    leaves = [draw(4, 3, 2).parameters()[name].clone().requires_grad_() for name in ("Q", "q", "G", "h")]
+    gc.disable()
+    try:
+        z = layer(*leaves)
+        assert z.grad_fn is not None
+        function = weakref.ref(z.grad_fn)
+        assert function() is not None
+        del z
+        assert function() is None
+    finally:
+        gc.enable()
