@@ -156,7 +156,7 @@ class AsyncClient:
         gradients: Gradients = "full",
         failed_gradients: FailedGradients = "nan",
         keep_state: bool | None = None,
-        warm_start: Mapping[str, Tensor] | Point | None = None,
+        warm_start: operations.WarmStarting | None = None,
         check: bool = True,
         timeout_s: float | None = None,
         request_id: str | None = None,

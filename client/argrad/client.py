@@ -134,7 +134,7 @@ class Client:
         gradients: Gradients = "full",
         failed_gradients: FailedGradients = "nan",
         keep_state: bool | None = None,
-        warm_start: Mapping[str, Tensor] | Point | None = None,
+        warm_start: operations.WarmStarting | None = None,
         check: bool = True,
         timeout_s: float | None = None,
         request_id: str | None = None,
@@ -149,7 +149,8 @@ class Client:
             gradients: `full`, or `adjoint` for `z nu mu`, from which gradients are outer products.
             failed_gradients: What stands where a problem has no gradient.
             keep_state: Whether the service keeps what a later vjp or jvp reuses; by default if there is no `upstream`.
-            warm_start: A solution to begin with: blocks by name, or an earlier result, whose state then stands for it.
+            warm_start: A solution to begin with: blocks by name; an earlier result, whose state then stands for it; or
+                `registered`, the last one that was solved so with the same registered parameters and sizes.
             check: Raise if a problem has no solution; False leaves it to `SolveResult.statuses`.
             timeout_s: Seconds for this call; by default the client's.
             request_id: Travels to the service's log; drawn at random by default.

@@ -42,6 +42,10 @@ from argrad.wire.messages import (
 )
 
 Name = Literal["solve", "vjp", "jvp", "register"]
+WarmStarting = Mapping[str, Tensor] | Point | Literal["registered"]
+"""Where a solve begins: at blocks by name, at an earlier result, or at the last one with the registered parameters."""
+
+REGISTERED: Literal["registered"] = "registered"
 
 _LONGEST_S = 1e8
 _ITERATED = ("altdiff", "unrolled")
@@ -206,7 +210,7 @@ def solve(
     gradients: Gradients = "full",
     failed_gradients: FailedGradients = "nan",
     keep_state: bool | None = None,
-    warm_start: Mapping[str, Tensor] | Point | None = None,
+    warm_start: WarmStarting | None = None,
     learned: frozenset[str] | None = None,
     check: bool = True,
     fits: bool = False,
@@ -215,7 +219,8 @@ def solve(
 
     `learned` parameters are by default those that say so themselves; `fits` says that `upstream` needs no check.
     """
-    _check_kinds(options, upstream=upstream, warm_start=None if isinstance(warm_start, Point) else warm_start)
+    is_named = isinstance(warm_start, Point) or warm_start == REGISTERED
+    _check_kinds(options, upstream=upstream, warm_start=None if is_named else warm_start)
     form = form_of(problem)
     learned = learned_of(form) if learned is None else learned
     if wrt is not None:
@@ -228,6 +233,8 @@ def solve(
     start: WarmStartDocument | None = None
     if isinstance(warm_start, Point) and warm_start.state is not None:
         start, call = WarmStartDocument(state=warm_start.state), replace(call, affinity=warm_start.affinity)
+    elif warm_start == REGISTERED:
+        start = WarmStartDocument(registered=True)
     elif warm_start is not None:
         tensors |= _start(form, warm_start)
     names = None if wrt is None else tuple(wrt)
@@ -238,7 +245,7 @@ def solve(
     try:
         message, out = yield Exchange("solve", request, tensors, call, learned)
     except StateGoneError:
-        if start is None or warm_start is None:
+        if start is None or not isinstance(warm_start, Point):
             raise
         request = request.model_copy(update={"warm_start": None})
         tensors = tensors | _start(form, warm_start)
@@ -289,11 +296,12 @@ def _directions(section: str, tensors: Mapping[str, Tensor], options: Options) -
     return named(section, {name: tensor.float() if is_narrow else tensor for name, tensor in tensors.items()})
 
 
-def _start(form: Form, warm_start: Mapping[str, Tensor] | Point) -> TensorMap:
+def _start(form: Form, warm_start: WarmStarting) -> TensorMap:
     """A warm start as tensors. Rows of problems that failed hold what is not finite: those begin at 0."""
     if isinstance(warm_start, Point):
         blocks = {name: block for name, block in warm_start.solution.items() if name != "s"}
         warm_start = {name: torch.nan_to_num(block, 0.0, 0.0, 0.0) for name, block in blocks.items()}
+    assert not isinstance(warm_start, str)  # noqa: S101 - that needs no tensors
     form.point(warm_start, section="warm_start")
     return named("warm_start", warm_start)
 

@@ -177,11 +177,11 @@ class Registry:
             yield left(Exchange("register", RegisterRequest(problem=problem), whole, exchange.call))
         except PayloadTooLargeError:
             self._remember(self._refused, found.digest)
-            return (yield left(exchange))
+            return (yield left(_unregistered(exchange)))
         try:
             return (yield left(short))
         except ProblemGoneError:  # pushed out in between: there is too little room for what is registered there
-            return (yield left(exchange))
+            return (yield left(_unregistered(exchange)))
 
     def _find(self, exchange: Exchange) -> Found | None:
         if not (self._handles or self._is_automatic):
@@ -252,6 +252,14 @@ class Registry:
                 memory.popitem(last=False)
             if len(self._news) > _MAX_REMEMBERED:
                 self._news.clear()
+
+
+def _unregistered(exchange: Exchange) -> Exchange:
+    """A call that sends all that it has, and so cannot begin at the last solution of what is registered."""
+    start = getattr(exchange.request, "warm_start", None)
+    if start is None or not start.registered:
+        return exchange
+    return replace(exchange, request=exchange.request.model_copy(update={"warm_start": None}))
 
 
 def _may_be_constant(tensor: Tensor) -> bool:

@@ -98,7 +98,7 @@ class Operations:
         self._check_reply(form, wrt if request.gradients == "full" else [], cotangents, is_json)
         cotangents = _widened(cotangents, form, request.precision)
         cotangent = assembly.Cotangent(form, cotangents) if cotangents else None
-        start = self._start(form, request, given.get("warm_start", {}), owner)
+        start = self._start(form, request, given.get("warm_start", {}), owner, registered)
         keep = request.keep_state if request.keep_state is not None else cotangent is None
 
         return Solve(
@@ -228,9 +228,24 @@ class Operations:
         """The engine's table of solvers and methods, and where it solves."""
         return {"protocol": PROTOCOL, "device": str(self._device), "solvers": self._engine.solvers()}
 
-    def _start(self, form: Form, request: SolveRequest, blocks: dict[str, Tensor], owner: str) -> Solution | None:
-        """Where a solve begins: at tensors of the request, or at the solution that a token stands for."""
-        token = None if request.warm_start is None else request.warm_start.state
+    def _start(
+        self,
+        form: Form,
+        request: SolveRequest,
+        blocks: dict[str, Tensor],
+        owner: str,
+        named: Named | None,
+    ) -> Solution | None:
+        """Where a solve begins: at tensors of the request, at what a token stands for, or at the last of its kind."""
+        token, begins_at_last = None, False
+        if request.warm_start is not None:
+            token, begins_at_last = request.warm_start.state, request.warm_start.registered
+        if begins_at_last and (blocks or token is not None):
+            raise ProblemError("warm_start.registered", "true beside a token or tensors", "one of them")
+        if begins_at_last:
+            if named is None:
+                raise ProblemError("warm_start.registered", "true", "problem.registered, whose last solution is meant")
+            return named.registration.start(form)
         if token is None:
             return form.point(blocks, section="warm_start") if blocks else None
         if blocks:

@@ -6,14 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from argrad.errors import ProblemError
+from argrad.problems import Form, Solution
 from argrad.problems.content import check_registrable, digest, dtype_name
 from argrad.wire.messages import ProblemDocument, RegisteredReply, RegisterRequest, TensorDocument, TensorMap
 from argrad_service.admission import Limits, Size, TooLarge
 from argrad_service.engine import Prepared
 from argrad_service.state import ProblemGone, ProblemStore
+
+
+@dataclass(frozen=True, eq=False)
+class Last:
+    """A solution to begin at.
+
+    Args:
+        sizes: Of its problem.
+        blocks: The caller's, of numbers that are finite; without the slack.
+    """
+
+    sizes: tuple[object, ...]
+    blocks: dict[str, Tensor]
 
 
 class Registration:
@@ -27,6 +42,7 @@ class Registration:
     def __init__(self, kind: Literal["qp", "qp_two_sided", "sparse_qp"], tensors: Mapping[str, Tensor]) -> None:
         self.kind, self.tensors = kind, tensors
         self.prepared = Prepared(tensors.values())
+        self._last: Last | None = None
         self.counted = self.nbytes
         self._versions = [tensor._version for tensor in tensors.values()]
 
@@ -38,7 +54,27 @@ class Registration:
     @property
     def nbytes(self) -> int:
         """Bytes that keeping this costs."""
-        return sum(tensor.nbytes for tensor in self.tensors.values()) + self.prepared.nbytes
+        last = {} if self._last is None else self._last.blocks
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *last.values())) + self.prepared.nbytes
+
+    def start(self, form: Form) -> Solution | None:
+        """The last solution that was remembered, if it is of a problem of these sizes."""
+        last = self._last
+        if last is None or last.sizes != _sizes(form):
+            return None
+        like = form.problem.q
+        return form.point({name: tensor.to(like) for name, tensor in last.blocks.items()}, section="warm_start")
+
+    def remember(self, form: Form, solution: Solution) -> None:
+        """Let the next solve of problems of these sizes begin here; what failed begins at 0.
+
+        Args:
+            form: The problem that was solved.
+            solution: Canonical.
+        """
+        blocks = form.solution(solution)
+        finite = {name: torch.nan_to_num(t, 0.0, 0.0, 0.0) for name, t in blocks.items() if name != "s"}
+        self._last = Last(_sizes(form), finite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +200,10 @@ class Registrations:
             self._store.delete(name, owner=owner)
             raise ProblemGone
         return registration
+
+
+def _sizes(form: Form) -> tuple[object, ...]:
+    return type(form), form.batch_size, tuple(form.block_sizes.items())
 
 
 def _describe(registration: Registration, name: str) -> RegisteredReply:

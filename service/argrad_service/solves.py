@@ -100,10 +100,15 @@ class Solve:
                 self.form.problem,
                 given,
                 count=batch_size or 1,
-                is_plain=self.start is None,
+                is_plain=self.start is None and not self._is_remembered,
                 prepared=None if self.registered is None else self.registered.prepared,
             )
         object.__setattr__(self, "lot", lot)
+
+    @property
+    def _is_remembered(self) -> bool:
+        """Whether the next call with the same registered parameters is to begin at this solution."""
+        return self.request.warm_start is not None and self.request.warm_start.registered
 
     def prepared(self) -> Callable[[ShouldStop, Timings], Answer]:
         """The solve itself, or where it is too large for one turn, what solves it in several."""
@@ -148,6 +153,9 @@ class Solve:
         """Differentiate where that is asked for, and form the reply."""
         with stage(timings, "solve"):
             out = assembly.solved(self.form, forward)
+            if self.registered is not None and self._is_remembered:
+                self.registered.registration.remember(self.form, forward.solution)
+                self.registered.recount()
         backward = None
         if self.cotangent is not None:
             with stage(timings, "differentiate"):

@@ -172,3 +172,28 @@ async def test_over_http(service_url: str) -> None:
     assert_close(again.solution["z"], first.solution["z"], 1e-9)
     assert int(again.report.iterations.max()) < int(first.report.iterations.max())
     assert again.solution["z"].dtype == D
+
+
+def test_registered_parameters_remember_where_to_begin(counting: Counting) -> None:
+    client, given = Client(counting), draw(3, batch=4, batched="qhb", n=20, m=15)
+    handle = client.register(**{name: given[name] for name in ("Q", "G", "A")})
+    fixed = dict(handle)
+    for scale in (1.0, 1.001, 1.002):
+        problem = QP(**(given | fixed | {"q": scale * given["q"]}))
+        warm = client.solve(problem, options=PDIPM, warm_start="registered")
+        assert_close(warm.solution["z"], client.solve(problem, options=PDIPM).solution["z"], 1e-7)
+    first, *others = iterations(counting)
+    assert others[1] < first
+    assert others[3] < first
+    assert others[0] == others[2] == others[4] == first
+    smaller = QP(**({name: tensor[:3] for name, tensor in given.items() if name not in fixed} | fixed))
+    alone = client.solve(smaller, options=PDIPM).report.iterations
+    assert torch.equal(client.solve(smaller, options=PDIPM, warm_start="registered").report.iterations, alone)
+
+
+def test_a_start_at_the_last_of_registered_parameters_needs_some(counting: Counting) -> None:
+    client, problem = Client(counting), QP(**draw(1, batch=3))
+    with pytest.raises(ProblemError, match=r"warm_start\.registered: found true, wanted problem\.registered"):
+        client.solve(problem, warm_start="registered")
+    with pytest.raises(ProblemError, match="warm_start: found str, wanted tensors by name"):
+        client.solve(problem, warm_start="last")  # type: ignore[arg-type]

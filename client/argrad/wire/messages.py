@@ -114,9 +114,12 @@ class WarmStartDocument(Message):
 
     Args:
         state: Token of an earlier solve of problems of these sizes; its solution needs not travel then.
+        registered: At the last solution that was asked for in this way with the same registered parameters and sizes;
+            at the solver's own choice if there is none.
     """
 
     state: str | None = None
+    registered: bool = False
 
 
 class SolveRequest(GradientOptions):
@@ -125,14 +128,14 @@ class SolveRequest(GradientOptions):
     Args:
         keep_state: Whether a token comes back; by default without `upstream`.
         deterministic: Solve unpadded and alone: the same bits for the same call, whatever else is being solved.
-        warm_start: State of an earlier solve to begin at; or tensors.
+        warm_start: State of an earlier solve to begin at, or the last one of the registered parameters; or tensors.
         precision: Of the floats of the reply; the problem is solved in float64 in either case.
     """
 
     tensor_sections: ClassVar[Section] = {
         "problem": _PROBLEM_FIELDS,
         "upstream": _TENSORS_ONLY,
-        "warm_start": frozenset({"state"}),
+        "warm_start": frozenset({"state", "registered"}),
     }
     recurs: ClassVar[bool] = True
     protocol: Literal[1] = PROTOCOL
