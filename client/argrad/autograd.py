@@ -155,12 +155,13 @@ def _concluded(
 
 
 def _alias(block: Tensor) -> Tensor:
-    """A block of what was solved here, without a copy where it has memory of its own.
+    """A block of what was solved here, without a copy where it has all of its memory for itself.
 
     Autograd sees to it that nobody differentiates what was changed. Another tensor it must be: what comes out of a
     Function holds the Function, and that the outcome with its blocks.
     """
-    return block.clone() if block._is_view() else block.new_empty(0).set_(block)  # type: ignore[call-overload]
+    is_whole = block.numel() > 0 and block.untyped_storage().nbytes() == block.nbytes and block.is_contiguous()
+    return block.new_empty(0).set_(block) if is_whole else block.clone()  # type: ignore[call-overload]
 
 
 class _Solve(torch.autograd.Function):

@@ -21,10 +21,13 @@ from typing import IO, Any, Protocol
 
 import torch
 
+from argrad.problems import QP
 from argrad.wire.messages import SolverDocument, SolveRequest
 from argrad_service import engine
 from argrad_service.admission import Limits
+from argrad_service.engine.backward import kkt
 from argrad_service.engine.options import never_stop
+from argrad_service.engine.outcome import Forward
 from argrad_service.keyring import PUBLIC
 from argrad_service.operations import Operations
 from argrad_service.state import MemoryStateStore, TokenSigner
@@ -46,6 +49,10 @@ class Log(Protocol):
 def _few_variables(operations: Operations) -> None:
     for rows in (1, 4):
         _solve(operations, 2, rows)
+    pair = torch.eye(2, dtype=torch.float64).expand(2, 2, 2).contiguous()
+    outcome = engine.solve(QP(Q=pair, q=pair[0], G=pair, h=pair[0]))
+    if isinstance(outcome, Forward):
+        kkt.gradients(outcome, pair[0], ("Q", "G"))
 
 
 def _more_variables(operations: Operations) -> None:

@@ -21,7 +21,9 @@ def solver() -> None:
 
 
 def test_a_change_in_any_kernel_empties_the_cache_of_all(tmp_path: Path) -> None:
-    (tmp_path / "called.py").write_text("one = 1\n")
+    kernel, other = tmp_path / "called.py", tmp_path / "beside.py"
+    kernel.write_text('"""A kernel."""\nfrom numba import njit\none = 1\n')
+    other.write_text("two = 1\n")
     compiled = tmp_path / "__pycache__" / "caller.nbi"
     compiled.parent.mkdir()
 
@@ -33,7 +35,11 @@ def test_a_change_in_any_kernel_empties_the_cache_of_all(tmp_path: Path) -> None
     kernels._drop_stale(tmp_path)
     assert compiled.exists()
 
-    (tmp_path / "called.py").write_text("one = 2\n")
+    other.write_text("two = 2\n")
+    kernels._drop_stale(tmp_path)
+    assert compiled.exists()
+
+    kernel.write_text('"""A kernel."""\nfrom numba import njit\none = 2\n')
     kernels._drop_stale(tmp_path)
     assert not compiled.exists()
 

@@ -63,7 +63,7 @@ def test_a_hang_is_found(monkeypatch: pytest.MonkeyPatch):
             pass
 
     monkeypatch.setattr(codec_target, "MOST_CPU_S", 0.05)
-    monkeypatch.setattr(codec.safetensors, "read", spin)
+    monkeypatch.setattr(codec.safetensors, "header_of", spin)
     tallied = codec_target.fuzz_messages(SAFETENSORS, 3, 0)
     assert tallied.outcomes["hang"] == 3
 

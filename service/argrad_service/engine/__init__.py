@@ -32,7 +32,9 @@ from argrad_service.engine.registry import (
     AUTO,
     CALLER,
     FALLBACK,
+    PIVOTING,
     SHARED_OPTIONS,
+    SOLVERS,
     describe,
     find_method,
     find_solver,
@@ -98,7 +100,8 @@ def solve(
     options = options or SolverOptions()
     if isinstance(problem, SparseQP):
         return cast("Outcome", _sparse().solve(problem, solver=solver, options=options))
-    if solver in shortcut.NAMES and warm_start is None and prepared is None and _is_on_cpu(problem, device):
+    takes_kernels = solver in shortcut.NAMES and _is_on_cpu(problem, device) and SOLVERS[PIVOTING].is_installed
+    if takes_kernels and warm_start is None and prepared is None:
         outcome = shortcut.solve(problem, options)
         if outcome is not None:
             return outcome

@@ -28,6 +28,9 @@ AUTO = "auto"
 CALLER = "caller"
 """The solver of a point that the caller brought."""
 
+PIVOTING = "pivoting"
+"""Has kernels on the CPU, to which there is a shortcut."""
+
 FALLBACK = "pdipm"
 """Solves what `pivoting` could not decide."""
 
