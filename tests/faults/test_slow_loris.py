@@ -17,6 +17,8 @@ import pytest
 from tests.conftest import running_service
 from tests.service.support import simplex, wait_until
 
+pytestmark = pytest.mark.alone
+
 COUNT = 1000
 HEADER_TIMEOUT_S = 8.0
 HEAD = b"POST /v1/solve HTTP/1.1\r\nhost: localhost\r\nx-slow: "

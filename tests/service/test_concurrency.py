@@ -25,7 +25,7 @@ from argrad_service.engine.options import SolverOptions, Stopped
 from argrad_service.http.protocol import GuardedProtocol, OneWrite
 from tests.service.support import D, HookedEngine, make_app, serving, simplex, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 BODY = json.dumps({"problem": simplex()}).encode()
 LIVE_S = 0.05

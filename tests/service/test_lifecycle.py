@@ -21,7 +21,7 @@ from argrad.keys import new_key, stored_line
 from tests.conftest import _wait_until_ready, free_port
 from tests.service.support import wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 LONG = json.dumps({"problem": {"Q": [[1, 0, 0], [0, 1, 0], [0, 0, 1]], "q": [1, 2, 3]}})
 SHORT = json.dumps({"problem": {"Q": [[1, 0], [0, 1]], "q": [1, 2]}})

@@ -30,6 +30,7 @@ def test_memory_and_gradients_of_ten_thousand_variables(solver):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("solver", ["clarabel", "osqp"])
 def test_liveness_answers_while_ten_thousand_variables_are_solved(service_url, solver):
     leaves = tracked(tensors(draw(n=10_000, m=5_000, p=1_000)))
