@@ -65,14 +65,13 @@ class Registration:
         like = form.problem.q
         return form.point({name: tensor.to(like) for name, tensor in last.blocks.items()}, section="warm_start")
 
-    def remember(self, form: Form, solution: Solution) -> None:
+    def remember(self, form: Form, blocks: Mapping[str, Tensor]) -> None:
         """Let the next solve of problems of these sizes begin here; what failed begins at 0.
 
         Args:
             form: The problem that was solved.
-            solution: Canonical.
+            blocks: Of its solution, the caller's.
         """
-        blocks = form.solution(solution)
         finite = {name: torch.nan_to_num(t, 0.0, 0.0, 0.0) for name, t in blocks.items() if name != "s"}
         self._last = Last(_sizes(form), finite)
 

@@ -154,7 +154,8 @@ class Solve:
         with stage(timings, "solve"):
             out = assembly.solved(self.form, forward)
             if self.registered is not None and self._is_remembered:
-                self.registered.registration.remember(self.form, forward.solution)
+                blocks = assembly.solution_blocks(self.form, forward)
+                self.registered.registration.remember(self.form, blocks)
                 self.registered.recount()
         backward = None
         if self.cotangent is not None:

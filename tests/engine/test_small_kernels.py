@@ -45,7 +45,7 @@ def draw(n: int, m: int, p: int, shared: str, seed: int) -> QP:
 def both(data: Data, monkeypatch: pytest.MonkeyPatch) -> tuple[compiled.Solved, compiled.Solved]:
     small = compiled.solve_batch(data)
     with monkeypatch.context() as patched:
-        patched.setattr(compiled, "_is_small", lambda n, rows: False)
+        patched.setattr(compiled, "is_small", lambda n, rows: False)
         return small, compiled.solve_batch(data)
 
 
@@ -58,7 +58,7 @@ def test_small_problems_are_solved_as_all_are(
 ) -> None:
     data = stack(draw(n, m, p, shared, seed=n + m + p))
     small, general = both(data, monkeypatch)
-    assert compiled._is_small(n, m + p)
+    assert compiled.is_small(n, m + p)
     solved = (small.code == SOLVED) & (general.code == SOLVED)
     # On a degenerate set the two may stop at different ones of several: both then leave the problem to another solver.
     assert bool((solved | (small.code != SOLVED) & (general.code != SOLVED)).all())
@@ -84,7 +84,7 @@ def test_small_problems_are_differentiated_as_all_are(right: str, monkeypatch: p
     r2 = torch.randn(BATCH, 3, m + p, dtype=torch.float64, generator=generator) if right != "z" else None
     found = compiled.finish(data, small).factor.solve_rows(r1, r2)
     with monkeypatch.context() as patched:
-        patched.setattr(compiled, "_is_small", lambda n, rows: False)
+        patched.setattr(compiled, "is_small", lambda n, rows: False)
         wanted = compiled.finish(data, general).factor.solve_rows(r1, r2)
     for one, other in zip(found[:2], wanted[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
@@ -122,3 +122,13 @@ def test_no_problem_with_a_value_that_is_not_finite_counts_as_solved(name: str, 
         solved = compiled.solve_batch(stack(QP(**bad)))
         assert solved.code[7] != SOLVED, at
         assert not solved.is_whole
+
+
+def test_where_no_kernel_runs_nothing_is_left_of_other_problems() -> None:
+    for _ in range(3):  # memory that was in use before
+        assert compiled.solve_batch(stack(draw(3, 2, 0, "", seed=1))).z.any()
+        Q = -torch.eye(3, dtype=torch.float64)
+        solved = compiled.solve_batch(stack(QP(Q=Q, q=torch.ones(BATCH, 3, dtype=torch.float64))))
+        assert solved.code.tolist() == [NOT_DEFINITE] * BATCH
+        for block in (solved.z, solved.y, solved.s, solved.report, solved.active):
+            assert not bool(block.any())

@@ -21,6 +21,7 @@ from argrad_service.engine.kernels.lapack import LETTERS, Lapack, load
 from argrad_service.engine.kernels.pool import blas_for, over_batch
 from argrad_service.engine.options import ShouldStop, never_stop
 from argrad_service.engine.point import Finished, FormsGradients
+from argrad_service.engine.sizes import is_small
 
 Array = NDArray[np.float64]
 
@@ -100,12 +101,13 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop, given_Q: Tenso
     """
     Q, q, C, d = (_array(t) for t in (data.Q, data.q, data.C, data.d))
     batch, n, r = data.B, data.n, d.shape[1]
-    most, is_small = min(r, n), _is_small(n, r)
-    takes_gram = is_small or r <= n
-    # The kernel for small problems writes to all of it, the others to what they have solved.
-    room: Callable[..., Any] = np.empty if is_small else np.zeros
+    most, takes_loops = min(r, n), is_small(n, r)
+    takes_gram = takes_loops or r <= n
     lapack, work = _lapack(), (np.zeros(4, np.int32), LETTERS, np.zeros(2))
     shares_q, shares_both = len(Q) == 1, len(Q) == len(C) == 1
+    # The kernel for small problems writes to all of it; the others write to what they solve, and a Q that all of them
+    # share and that is not definite keeps any kernel from running.
+    room: Callable[..., Any] = np.empty if takes_loops and not shares_q else np.zeros
     prepared, sources = data.prepared, (data.Q, data.C)
     ready = None if prepared is None else prepared.find(_WHITENED, sources)
     if ready is None:
@@ -137,10 +139,10 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop, given_Q: Tenso
         f = factors
         arrays = (f.L, f.X, f.scale, gram, f.S, f.index, f.count, active, z, y, s, report, steps, code)
         given = (Q, q, C, d, data.p, ready is not None, *arrays)
-        inverse = _inverse(data, gram) if shares_both and not is_small and r <= n else None
+        inverse = _inverse(data, gram) if shares_both and not takes_loops and r <= n else None
 
         def run(start: int, stop: int) -> None:
-            if is_small:
+            if takes_loops:
                 small.solve_small_range(start, stop, asymmetric, *given)
             elif inverse is not None:
                 shared = (f.L, f.X, f.scale, gram, inverse, *arrays[4:])
@@ -149,7 +151,7 @@ def solve_batch(data: Data, should_stop: ShouldStop = never_stop, given_Q: Tenso
                 kernels.solve_range(lapack, LETTERS, start, stop, *given)
 
         whitening = 0.0 if ready is not None else r * n * n + r * r * n
-        over_batch(run, batch, work=n**3 / 3 + whitening + 1e3, should_stop=should_stop, uses_blas=not is_small)
+        over_batch(run, batch, work=n**3 / 3 + whitening + 1e3, should_stop=should_stop, uses_blas=not takes_loops)
         if ready is None and prepared is not None and not (code == NOT_DEFINITE).any():
             prepared.keep(_WHITENED, sources, (L, X, scale, gram))
     is_whole, width, worst = kernels.summarise(code, factors.count, report)
@@ -237,7 +239,7 @@ class CompiledFactor(FormsGradients):
     @property
     def forms_gradients(self) -> bool:
         """Whether `gradients` works: for problems so small that passing over them once more is what takes the time."""
-        return _is_small(self.data.n, self.data.d.shape[1])
+        return is_small(self.data.n, self.data.d.shape[1])
 
     def gradients(self, z: Tensor, y: Tensor, g_z: Tensor, wrt: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of batched parameters from a cotangent of z, formed by whoever solves for the adjoint.
@@ -276,7 +278,7 @@ class CompiledFactor(FormsGradients):
         rows = data.d.shape[1]
         right = _NOTHING if r2 is None else _array(r2)
         x, y, error = np.empty((batch, count, n)), np.zeros((batch, count, rows)), np.empty(batch)
-        lapack, is_small = _lapack(), _is_small(n, rows)
+        lapack, takes_loops = _lapack(), is_small(n, rows)
         given = (
             _array(data.Q),
             _array(data.C),
@@ -294,14 +296,14 @@ class CompiledFactor(FormsGradients):
         )
 
         def run(start: int, stop: int) -> None:
-            if is_small:
+            if takes_loops:
                 small.differentiate_small_range(start, stop, *given)
             else:
                 kernels.differentiate_range(lapack, LETTERS, start, stop, *given)
             if then is not None:
                 then(start, stop, x, y)
 
-        over_batch(run, batch, work=count * (6.0 * n * n + 1e3), uses_blas=not is_small)
+        over_batch(run, batch, work=count * (6.0 * n * n + 1e3), uses_blas=not takes_loops)
         return x, y, error
 
 
@@ -353,10 +355,6 @@ def _inverse(data: Data, gram: Array) -> Array | None:
         if prepared is not None:
             prepared.keep(_INVERSE, sources, inverse)
     return inverse
-
-
-def _is_small(n: int, rows: int) -> bool:
-    return n <= small.MOST_VARIABLES and rows <= small.MOST_ROWS
 
 
 @lru_cache(maxsize=1)

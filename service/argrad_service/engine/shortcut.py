@@ -17,15 +17,11 @@ from argrad_service.engine.data import Data, stack
 from argrad_service.engine.options import OwnOptions, SolverOptions
 from argrad_service.engine.outcome import Forward
 from argrad_service.engine.point import KKTFactor
+from argrad_service.engine.registry import AUTO, PIVOTING
+from argrad_service.engine.sizes import is_small
 
-NAMES = ("auto", "pivoting")
+NAMES = (AUTO, PIVOTING)
 """Solvers that take this way: `auto` chooses the other for all that is small, which a test holds against its table."""
-
-MOST_VARIABLES = 12
-"""The kernels for small problems take so many variables,"""
-
-MOST_ROWS = 48
-"""and so many rows."""
 
 _NO_OPTIONS = OwnOptions()
 
@@ -43,10 +39,10 @@ def solve(problem: QP, options: SolverOptions) -> Forward | None:
     Raises:
         Stopped: options.should_stop() was true.
     """
-    if problem.Q is None or problem.entropy is not None or options.own or problem.n > MOST_VARIABLES:
-        return None
     p, parameters = problem.p, problem.parameters()
-    if problem.m + p > MOST_ROWS or any(tensor.dtype != torch.float64 for tensor in parameters.values()):
+    if problem.Q is None or problem.entropy is not None or options.own or not is_small(problem.n, p + problem.m):
+        return None
+    if any(tensor.dtype != torch.float64 for tensor in parameters.values()):
         return None
     plain = QP.of_checked({name: tensor.detach() for name, tensor in parameters.items()})
     data, given_Q = _stacked(plain)
@@ -73,7 +69,7 @@ def solve(problem: QP, options: SolverOptions) -> Forward | None:
         dual_residual=dual,
         gap=gap,
         objective=objective,
-        solver=NAMES[1],
+        solver=PIVOTING,
         options=SolverOptions(
             tolerance=options.tolerance,
             max_iterations=options.max_iterations,

@@ -281,7 +281,7 @@ def room_for_kkt(n, most):  # type: ignore[no-untyped-def]
     )
 
 
-_PRIMAL, _DUAL, _ROWS, _BOUNDS, _TERMS, _FORCES, _TOTAL, _DY, _ZQZ, _QZ, _EACH = range(11)
+_PRIMAL, _DUAL, _ROWS, _BOUNDS, _TERMS, _FORCES, _TOTAL, _DY, _ZQZ, _QZ = range(10)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -362,4 +362,4 @@ def judge(Q, q, C, d, p, n, r, z, y, report, slack, verdict, room):  # type: ign
 @njit(nogil=True, cache=True)
 def room_for_judge(n, r):  # type: ignore[no-untyped-def]
     """Room for `judge` with n variables and r rows."""
-    return np.empty((r, LANES)), np.empty((n, LANES)), np.empty((n, LANES)), np.empty((11, LANES))
+    return np.empty((r, LANES)), np.empty((n, LANES)), np.empty((n, LANES)), np.empty((10, LANES))

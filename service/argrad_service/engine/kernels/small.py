@@ -27,12 +27,6 @@ from argrad_service.engine.kernels.active_set import (
 )
 from argrad_service.engine.kernels.vectors import LANES, add_product, set_copy, set_product
 
-MOST_VARIABLES = 12
-"""Up to so many variables plain loops are faster than calls."""
-
-MOST_ROWS = 48
-"""And with up to so many rows their Gram matrix is cheaper than what it saves."""
-
 
 @njit(nogil=True, cache=True)
 def _enter(T, i, S, per_s, k, l, w, index):  # type: ignore[no-untyped-def]
